@@ -1,0 +1,1 @@
+"""Packaged data: catalogue, zoo, example pipelines, workload texts, pictures."""

@@ -1,0 +1,243 @@
+"""What happened: the events of one experiment, one JSON object a line.
+
+The worker writes them, the dispatcher appends them to the spool, the store and the screen read
+them. ``seq`` counts from 0 within an experiment. A kind that this version does not know is kept
+as :class:`Unknown`, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from studio_state.metrics import Source
+
+LaneStatus = Literal["finished", "failed", "cancelled", "refused", "unavailable"]
+
+
+class Event(BaseModel):
+    """Base: experiment id, sequence number, unix time in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    experiment: str = ""
+    seq: int = -1
+    t: float = Field(default_factory=time.time)
+
+    def line(self) -> str:
+        """The event as one JSON line, without the newline."""
+        return self.model_dump_json()
+
+
+class Hello(Event):
+    """A worker is ready. ``unavailable`` maps method ids to the reason they cannot run here."""
+
+    event: Literal["hello"] = "hello"
+    device: str
+    environment: dict[str, Any] = Field(default_factory=dict)
+    unavailable: dict[str, str] = Field(default_factory=dict)
+    free_bytes: int = 0
+
+
+class Submitted(Event):
+    """The experiment was accepted. ``owner`` identifies the session that may cancel it."""
+
+    event: Literal["submitted"] = "submitted"
+    spec: ExperimentSpec
+    origin: str = "cli"
+    owner: str = ""
+
+
+class Started(Event):
+    """The worker took it up. ``environment``: versions, device, threads, load of other processes."""
+
+    event: Literal["started"] = "started"
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelLoaded(Event):
+    """Family, traits and size of the model, and what memory was expected."""
+
+    event: Literal["model"] = "model"
+    info: ModelInfo
+    estimate: MemoryEstimate | None = None
+    fits_baseline: bool = True
+
+
+class Phase(Event):
+    """Progress: which phase, of which lane, how much of it is done (0..1, None = unknown)."""
+
+    event: Literal["phase"] = "phase"
+    name: Literal["fetch", "load", "build", "warmup", "run", "quality", "memory", "score"]
+    lane: int | None = None
+    done: float | None = None
+    text: str = ""
+
+
+class LaneStarted(Event):
+    """A lane begins. ``order`` is its effective pipeline in one line."""
+
+    event: Literal["lane"] = "lane"
+    lane: int
+    order: str
+    interleaved: bool = True
+
+
+class ItemStarted(Event):
+    """A lane begins an item. ``prompt`` is the text the model sees, ``pieces`` its tokens as text."""
+
+    event: Literal["item"] = "item"
+    lane: int
+    item: str
+    index: int = 0
+    of: int = 0
+    repeat: int = 0
+    prompt: str = ""
+    pieces: list[str] = Field(default_factory=list)
+
+
+class Tokens(Event):
+    """New text of a lane. ``at`` are seconds since the item began, one per token."""
+
+    event: Literal["tokens"] = "tokens"
+    lane: int
+    item: str
+    repeat: int = 0
+    ids: list[int] = Field(default_factory=list)
+    text: str = ""
+    at: list[float] = Field(default_factory=list)
+
+
+class Metric(Event):
+    """A value. Without ``item`` it describes the lane as a whole."""
+
+    event: Literal["metric"] = "metric"
+    lane: int
+    name: str
+    value: float | None
+    source: Source = "measured"
+    item: str | None = None
+    repeat: int = 0
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Ratio(Event):
+    """Lane over reference with a 95 % interval, from interleaved pairs."""
+
+    event: Literal["ratio"] = "ratio"
+    lane: int
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+
+
+class Output(Event):
+    """What an item ended in: its text, and whether it was right. ``data`` is workload-specific."""
+
+    event: Literal["output"] = "output"
+    lane: int
+    item: str
+    repeat: int = 0
+    kind: Literal["text", "choice", "score", "image", "label"] = "text"
+    text: str = ""
+    expected: str | None = None
+    correct: bool | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Kept(Event):
+    """Which prompt tokens a lane still caches after the prefill (the eviction map).
+
+    ``share`` has one number per prompt token: the share of (layer, KV head) pairs that kept it.
+    ``layers`` holds per layer the mean over heads in tenths (0..9 as a digit string), for the map.
+    """
+
+    event: Literal["kept"] = "kept"
+    lane: int
+    item: str
+    share: list[float]
+    layers: list[str] = Field(default_factory=list)
+
+
+class LaneFinished(Event):
+    """A lane ended. ``flags`` are plain sentences such as ``no effect: ...``."""
+
+    event: Literal["lane_finished"] = "lane_finished"
+    lane: int
+    status: LaneStatus
+    flags: list[str] = Field(default_factory=list)
+    message: str = ""
+    interleaved: bool = True
+
+
+class Note(Event):
+    """Something worth knowing that changes no result."""
+
+    event: Literal["note"] = "note"
+    text: str
+    level: Literal["info", "warning"] = "info"
+    lane: int | None = None
+
+
+class Finished(Event):
+    """The experiment ended by itself; single lanes may have failed."""
+
+    event: Literal["finished"] = "finished"
+    seconds: float = 0.0
+
+
+class Failed(Event):
+    """The experiment ended with an error. ``detail`` is for the log, ``message`` for the person."""
+
+    event: Literal["failed"] = "failed"
+    message: str
+    phase: str = ""
+    problems: list[dict[str, Any]] = Field(default_factory=list)
+    detail: str = ""
+
+
+class Cancelled(Event):
+    """The experiment was cancelled; what was measured before stays."""
+
+    event: Literal["cancelled"] = "cancelled"
+    message: str = "cancelled"
+
+
+class Unknown(Event):
+    """An event kind this version does not know, kept whole."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    event: str
+
+
+AnyEvent = Annotated[
+    Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
+    | Kept | LaneFinished | Note | Finished | Failed | Cancelled,
+    Field(discriminator="event"),
+]  # fmt: skip
+_adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)
+TERMINAL = ("finished", "failed", "cancelled")
+
+
+def decode(line: str | bytes) -> Event:
+    """Read one line.
+
+    Raises:
+        ValueError: the line is not a JSON object with ``event`` (a torn or foreign line).
+    """
+    data = json.loads(line)
+    if not isinstance(data, dict) or not isinstance(data.get("event"), str):
+        raise ValueError("not an event line")
+    try:
+        return _adapter.validate_python(data)
+    except ValidationError as e:
+        if any(x["type"] == "union_tag_invalid" for x in e.errors()):
+            return Unknown.model_validate(data)
+        raise ValueError(f"bad {data['event']} event: {e.errors()[0]['msg']}") from e

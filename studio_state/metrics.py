@@ -1,0 +1,80 @@
+"""Every metric name, once: unit, which way is better, what it means.
+
+A test checks that no other name is ever emitted and that the docs list all of these.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Source = Literal["measured", "estimated", "simulated"]
+Better = Literal["higher", "lower", "neither"]
+
+
+class MetricInfo(BaseModel):
+    """Meaning of one metric.
+
+    Attributes:
+        unit: shown after the number.
+        better: which way is better.
+        group: ``speed``, ``memory``, ``quality`` or ``count``.
+        text: one sentence; how it is taken.
+        summary: how the values of the items become one number.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    unit: str
+    better: Better
+    group: Literal["speed", "memory", "quality", "count"]
+    text: str
+    summary: Literal["median", "mean", "max", "sum", "last", "given"] = "median"
+    ratio: bool = True
+
+
+def _m(unit: str, better: Better, group: str, text: str, summary: str = "median", ratio: bool = True) -> MetricInfo:
+    return MetricInfo(unit=unit, better=better, group=group, text=text, summary=summary, ratio=ratio)  # type: ignore[arg-type]
+
+
+METRICS: dict[str, MetricInfo] = {
+    # speed
+    "ttft_s": _m("s", "lower", "speed", "Time to first token: from handing over the prompt to the first new token."),
+    "prefill_tokens_per_s": _m("tokens/s", "higher", "speed", "Prompt tokens over the time of the prefill, policies' work at its end included."),
+    "decode_tokens_per_s": _m("tokens/s", "higher", "speed", "New tokens after the first over the time from the first to the last."),
+    "itl_p50_s": _m("s", "lower", "speed", "Median inter-token latency."),
+    "itl_p90_s": _m("s", "lower", "speed", "90th percentile of the inter-token latency."),
+    "itl_p99_s": _m("s", "lower", "speed", "99th percentile of the inter-token latency; given from 100 latencies on."),
+    "end_to_end_s": _m("s", "lower", "speed", "From handing over the prompt to the last new token."),
+    "score_tokens_per_s": _m("tokens/s", "higher", "speed", "Continuation tokens scored by the decode path per second."),
+    "load_s": _m("s", "lower", "speed", "Loading the model; shared by the lanes.", "given", False),
+    "build_s": _m("s", "lower", "speed", "Building the lane's replacement modules (packing, calibration).", "given", False),
+    "warmup_s": _m("s", "lower", "speed", "Warm-up runs before anything is timed.", "given", False),
+    # memory
+    "weight_bytes": _m("bytes", "lower", "memory", "Storages of the lane's own weights with their scales; tied tensors once.", "given"),
+    "kv_bytes": _m("bytes", "lower", "memory", "Storages of cached keys and values with scales after the last token; the index of kept positions is not counted.", "median"),
+    "prefill_kv_bytes": _m("bytes", "lower", "memory", "The same right after the prefill.", "median"),
+    "peak_memory_bytes": _m("bytes", "lower", "memory", "Highest sum of live storages (weights included) in a separate untimed pass.", "max"),
+    "peak_activation_bytes": _m("bytes", "lower", "memory", "Peak of what that pass allocated on top of the weights.", "max"),
+    "worker_rss_bytes": _m("bytes", "neither", "memory", "Resident memory of the worker process; describes the process, never a lane.", "last", False),
+    # quality
+    "perplexity": _m("", "lower", "quality", "exp of the mean negative log-likelihood per token, scored by the decode path.", "given"),
+    "nll": _m("nats/token", "lower", "quality", "Mean negative log-likelihood per token of one item.", "mean"),
+    "accuracy": _m("", "higher", "quality", "Share of items answered correctly.", "mean"),
+    "kl_to_baseline": _m("nats", "lower", "quality", "Mean KL divergence of the next-token distribution from the baseline's, teacher-forced on the baseline's continuation.", "mean", False),
+    "top1_agreement": _m("", "higher", "quality", "Share of teacher-forced positions whose most likely token equals the baseline's.", "mean", False),
+    "first_divergence": _m("tokens", "higher", "quality", "Tokens before the free-running output differs from the baseline's; the output's length if it never does.", "median", False),
+    "same_output": _m("", "higher", "quality", "Share of items whose free-running output equals the baseline's.", "mean", False),
+    "p_value": _m("", "neither", "quality", "Paired test against the reference lane (McNemar for accuracy).", "given", False),
+    # counts
+    "prompt_tokens": _m("tokens", "neither", "count", "Prompt length.", "median", False),
+    "new_tokens": _m("tokens", "neither", "count", "Tokens generated.", "median", False),
+    "kept_prompt_tokens": _m("tokens", "neither", "count", "Prompt positions still cached after the prefill, mean over layers and heads.", "median"),
+    "cached_tokens": _m("tokens", "neither", "count", "Positions cached after the last token, mean over layers and heads.", "median", False),
+    "forward_passes": _m("passes", "lower", "count", "Forward passes after the prefill."),
+    "accepted_tokens": _m("tokens", "higher", "count", "Drafted tokens accepted by the model.", "sum", False),
+    "drafted_tokens": _m("tokens", "neither", "count", "Tokens drafted.", "sum", False),
+    "replaced_modules": _m("modules", "neither", "count", "Linear modules that the pipeline replaced.", "given", False),
+    "zero_weights": _m("", "neither", "count", "Share of the targeted weights that are exactly zero.", "given", False),
+    "quantized_kv_share": _m("", "neither", "count", "Share of cached positions stored in the quantized format.", "median", False),
+}  # fmt: skip

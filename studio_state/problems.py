@@ -1,0 +1,239 @@
+"""Everything that keeps an experiment from running, found before weights load.
+
+A pure function over data: the screen calls it while one edits, the worker calls it again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ConfigDict, Field
+
+from studio_state.catalog import Card, Catalog
+from studio_state.experiment import ExperimentSpec, ModelInfo
+from studio_state.pipeline import Pipeline, Step
+from studio_state.resources import RESOURCES, Use, clashes
+
+
+class Mend(BaseModel):
+    """A change that would solve the problem: remove a step, set a knob, or set a field of the experiment."""
+
+    model_config = ConfigDict(frozen=True)
+    action: Literal["remove", "set", "experiment"]
+    step: int = -1
+    knob: str = ""
+    value: Any = None
+    label: str = ""
+
+
+class Problem(BaseModel):
+    """One reason, tied to the policy and knob that cause it.
+
+    Attributes:
+        message: what was given, what is allowed, what to do.
+        lane: position in the experiment, None = the experiment itself.
+        step: position in the lane's pipeline as written, None = the whole lane.
+        mend: a one-click change, where there is one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    message: str
+    lane: int | None = None
+    step: int | None = None
+    policy: str | None = None
+    knob: str | None = None
+    mend: Mend | None = Field(default=None)
+
+    def sentence(self) -> str:
+        """The message with its place in front."""
+        place = f"lane {self.lane}: " if self.lane is not None else ""
+        return place + self.message
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """`` Did you mean ...?`` or the list of what is allowed."""
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def schema_problems(values: Mapping[str, Any], schema: Mapping[str, Any], what: str) -> list[tuple[str, str]]:
+    """(name, sentence) for every value that the JSON Schema refuses.
+
+    Args:
+        values: what was given.
+        schema: JSON Schema with ``properties``.
+        what: for the sentence: ``snapkv`` or ``workload needle``.
+    """
+    props: Mapping[str, Any] = schema.get("properties", {})
+    found = []
+    for name in values:
+        if name not in props:
+            allowed = ", ".join(props) or "none"
+            found.append((name, f"{what} has no knob {name!r}; {nearest(name, list(props))}allowed: {allowed}"))
+    known = {k: v for k, v in values.items() if k in props}
+    for error in Draft202012Validator({**schema, "required": []}).iter_errors(known):
+        name = str(error.path[0]) if error.path else ""
+        found.append((name, f"{what}: {name} = {error.instance!r} is not allowed; allowed: {describe_range(props.get(name, {}))}"))
+    return found
+
+
+def describe_range(prop: Mapping[str, Any]) -> str:
+    """What a JSON Schema property allows, in words."""
+    if "enum" in prop:
+        return ", ".join(map(str, prop["enum"]))
+    if "const" in prop:
+        return str(prop["const"])
+    if "anyOf" in prop:
+        return " or ".join(describe_range(p) for p in prop["anyOf"])
+    if prop.get("type") == "null":
+        return "nothing (null)"
+    kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "array": "a list"}.get(
+        str(prop.get("type")), str(prop.get("type", "a value"))
+    )
+    low, high = prop.get("minimum", prop.get("exclusiveMinimum")), prop.get("maximum", prop.get("exclusiveMaximum"))
+    if low is not None and high is not None:
+        return f"{kind} from {low} to {high}"
+    if low is not None:
+        return f"{kind} of at least {low}"
+    if high is not None:
+        return f"{kind} up to {high}"
+    return kind
+
+
+def pipeline_problems(
+    pipeline: Pipeline,
+    catalog: Catalog,
+    model: ModelInfo | None = None,
+    workload: str | None = None,
+    device: str = "cpu",
+    unavailable: Mapping[str, str] | None = None,
+    lane: int | None = None,
+    chunked: bool = False,
+) -> list[Problem]:
+    """All problems of one pipeline.
+
+    Args:
+        model: None while the model is unknown; then family, traits and widths are not checked.
+        unavailable: method id -> reason, from the worker's ``hello``.
+        chunked: the experiment prefills in chunks, which spoils ``prefill.whole``.
+    """
+    found: list[Problem] = []
+    uses: list[tuple[int, list[Use]]] = []
+    for i, step in enumerate(pipeline.steps):
+        card = catalog.by_id.get(step.policy)
+
+        def add(message: str, knob: str | None = None, mend: Mend | None = None, at: int = i, step: Step = step) -> None:
+            found.append(Problem(message=message, lane=lane, step=at, policy=step.policy, knob=knob, mend=mend))
+
+        remove = Mend(action="remove", step=i, label=f"Remove {card.title if card else step.policy}")
+        if card is None or card.kind != "policy":
+            ids = [c.id for c in catalog.methods if c.kind == "policy"]
+            add(f"there is no policy {step.policy!r}; {nearest(step.policy, ids)}allowed: {', '.join(ids)}", mend=remove)
+            continue
+        for name, message in schema_problems(step.knobs, card.knobs, card.id):
+            default = card.defaults().get(name)
+            mend = (
+                Mend(action="set", step=i, knob=name, value=default, label=f"Set {name} to {default}")
+                if name in card.knobs.get("properties", {})
+                else None
+            )
+            add(message, name or None, mend)
+        if unavailable and card.id in unavailable:
+            add(f"{card.title} cannot run on this worker: {unavailable[card.id]}", mend=remove)
+        if model is not None:
+            for message, knob in _model_problems(card, step, model):
+                add(message, knob, remove)
+        if workload and card.workloads and workload not in card.workloads:
+            add(f"{card.title} means nothing for workload {workload!r}; choose one of {', '.join(card.workloads)}", mend=remove)
+        entries = card.uses(step.knobs)
+        uses.append((i, entries))
+        if chunked and any(u.resource == "prefill.whole" and u.mode == "needs" for u in entries):
+            add(
+                f"{card.title} needs the whole prompt in one prefill; leave the chunk size empty",
+                mend=Mend(action="experiment", knob="chunk_size", value=None, label="Prefill in one piece"),
+            )
+    for clash in clashes(uses):
+        a, b = (catalog.by_id[pipeline.steps[i].policy] for i in (clash.first, clash.second))
+        what = RESOURCES[clash.resource]
+        verb = {
+            "both own": f"{a.title} and {b.title} both decide {what} ({clash.resource}); keep one of them"
+            if a.id != b.id
+            else f"{a.title} stands in the pipeline twice; keep one",
+            "one owns what the other edits": f"{a.title} and {b.title} cannot share {what} ({clash.resource}); keep one of them",
+            "one spoils what the other needs": f"{a.title} and {b.title} do not work together: one needs that {what}, "
+            f"the other breaks it ({clash.resource}); remove one of them"
+            if clash.resource in ("prefill.whole", "kv.rollback", "kv.uniform", "attention.scores")
+            else f"{a.title} and {b.title} do not work together over {what} ({clash.resource}); remove one of them",
+        }[clash.reason]
+        problem = Problem(
+            message=verb,
+            lane=lane,
+            step=clash.second,
+            policy=b.id,
+            mend=Mend(action="remove", step=clash.second, label=f"Remove {b.title}"),
+        )
+        if not any(p.step == problem.step and p.message.split("(")[0] == verb.split("(")[0] for p in found):
+            found.append(problem)
+    return found
+
+
+def _model_problems(card: Card, step: Step, model: ModelInfo) -> list[tuple[str, str | None]]:
+    out: list[tuple[str, str | None]] = []
+    if model.family not in card.families:
+        out.append((f"{card.title} works on {', '.join(card.families)} models; {model.name} is of family {model.family}", None))
+        return out
+    for trait in card.traits:
+        if trait not in model.traits:
+            out.append((f"{card.title} needs a model with the trait {trait!r}; {model.name} has {', '.join(model.traits) or 'none'}", None))
+    for trait in card.not_traits:
+        if trait in model.traits:
+            out.append((f"{card.title} cannot work on a model with the trait {trait!r}, which {model.name} has", None))
+    props, knobs = card.knobs.get("properties", {}), card.filled(step.knobs)
+    for name, prop in props.items():
+        value = knobs.get(name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        fits = prop.get("fits")
+        if fits == "layers" and model.layers and value >= model.layers:
+            out.append((f"{card.title}: {name} = {value}, but {model.name} has {model.layers} layers (0 to {model.layers - 1})", name))
+        if fits == "divides-widths" and value:
+            bad = sorted({w for w in (model.hidden, model.ffn) if w and w % value})
+            if bad:
+                out.append((f"{card.title}: {name} = {value} does not divide the width {' and '.join(map(str, bad))} of {model.name}; {_divisors(model)}", name))
+        if fits == "divides-head" and value and model.head_dim and model.head_dim % value:
+            out.append((f"{card.title}: {name} = {value} does not divide the head width {model.head_dim} of {model.name}", name))
+        if fits == "context" and model.context and value > model.context:
+            out.append((f"{card.title}: {name} = {value} is longer than the context of {model.name} ({model.context})", name))
+    return out
+
+
+def _divisors(model: ModelInfo) -> str:
+    ok = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in (model.hidden, model.ffn) if w)]
+    return f"these do: {', '.join(map(str, ok))}" if ok else "use a per-row format"
+
+
+def problems(
+    spec: ExperimentSpec,
+    catalog: Catalog,
+    model: ModelInfo | None = None,
+    unavailable: Mapping[str, str] | None = None,
+) -> list[Problem]:
+    """All problems of an experiment: workload and options, then every lane."""
+    found: list[Problem] = []
+    card = catalog.workload_by_id.get(spec.workload.id)
+    if card is None:
+        ids = list(catalog.workload_by_id)
+        found.append(Problem(message=f"there is no workload {spec.workload.id!r}; {nearest(spec.workload.id, ids)}allowed: {', '.join(ids)}"))
+    else:
+        for name, message in schema_problems(spec.workload.options, card.options, f"workload {card.id}"):
+            found.append(Problem(message=message.replace("has no knob", "has no option"), knob=name or None))
+        if model is not None and model.family not in card.families:
+            found.append(Problem(message=f"workload {card.id} is for {', '.join(card.families)} models; {model.name} is of family {model.family}"))
+    for lane, pipeline in enumerate(spec.lanes):
+        found += pipeline_problems(
+            pipeline, catalog, model, spec.workload.id if card else None, spec.device, unavailable, lane, spec.chunk_size is not None
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The engine. torch lives here; gradio, duckdb and ``app`` do not."""

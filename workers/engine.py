@@ -1,0 +1,128 @@
+"""The race: the only loop over lanes and items.
+
+Lanes never run at the same time. Their order rotates from item to item (ABC, BCA, ...), so that
+slow drifts of the machine hit all alike, and ratios are formed from neighbours. Events are
+emitted between steps, outside every timed interval.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from studio_state.errors import SpecError, StudioError
+from studio_state.events import (
+    Cancelled as CancelledEvent,
+)
+from studio_state.events import (
+    Event,
+    Failed,
+    Finished,
+    ModelLoaded,
+    Note,
+    Phase,
+    Started,
+)
+from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from studio_state.problems import problems
+from workers import plan
+from workers.environment import environment, pick_device
+from workers.host import ModelHost
+from workers.isolate import run_isolated
+from workers.lanes import Lane
+from workers.methods import catalogue, effective
+from workers.race import Race
+from workers.session import Cancelled, Session
+from workers.workloads.base import Item, ItemContext
+from workers.workloads.registry import make_workload
+
+
+def run(
+    spec: ExperimentSpec,
+    host: ModelHost | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    say: Callable[[Event], None] = lambda event: None,
+) -> Iterator[Event]:
+    """Run an experiment and tell what happens; the last event is Finished, Failed or Cancelled.
+
+    Args:
+        host: keeps the loaded model between experiments; a fresh one by default.
+        is_cancelled: asked between steps.
+        say: gets progress events that arise inside a long call (loading), at once.
+    """
+    began = time.time()
+    try:
+        if spec.isolate and len(spec.lanes) > 2:
+            yield from run_isolated(spec, is_cancelled)
+            return
+        yield from _run(spec, host or ModelHost(), is_cancelled, say)
+        yield Finished(seconds=time.time() - began)
+    except Cancelled:
+        yield CancelledEvent(message="cancelled; what was measured before stays")
+    except SpecError as e:
+        yield Failed(message=str(e), phase="check", problems=[p.model_dump(mode="json") for p in e.problems])
+    except StudioError as e:
+        yield Failed(message=str(e), phase="setup", detail=traceback.format_exc())
+    except MemoryError:
+        yield Failed(message="the machine ran out of memory; use a smaller model, batch or prompt", phase="run", detail=traceback.format_exc())
+    except Exception as e:
+        yield Failed(message=f"the worker met an error it did not expect: {type(e).__name__}: {e}", phase="run", detail=traceback.format_exc())
+
+
+def _run(spec: ExperimentSpec, host: ModelHost, is_cancelled: Callable[[], bool], say: Callable[[Event], None]) -> Iterator[Event]:
+    device = pick_device(spec.device)
+    host.use_threads(spec.threads)
+    yield Started(environment=environment(device))
+    info = host.inspect(spec, lambda text, done: say(Phase(name="fetch", done=done, text=text)))
+    found = problems(spec, catalogue(), info, host.unavailable())
+    if found:
+        raise SpecError(found)
+    pipelines = [effective(p) for p in spec.lanes]
+    estimate = plan.estimate(spec, info, device)
+    fitting = [plan.lane_fits(estimate, policies) for policies in pipelines]
+    yield ModelLoaded(info=info, estimate=estimate, fits_baseline=fitting[0])
+    if not any(fitting):
+        raise StudioError(plan.too_large(info, estimate))
+    yield Phase(name="load", text=f"loading {info.name}")
+    session, load_seconds = host.open(spec, info, device, pipelines, fitting)
+    session.is_cancelled = is_cancelled
+    with session.closing():
+        yield from _race(spec, info, session, estimate, fitting, load_seconds)
+
+
+def _race(
+    spec: ExperimentSpec, info: ModelInfo, session: Session, estimate: MemoryEstimate, fitting: list[bool], load_seconds: float
+) -> Iterator[Event]:
+    workload = make_workload(spec.workload)
+    items = workload.make_items(ItemContext(session.processor, spec.seed, info.context))
+    batches = list(batched(items, spec.batch))
+    race = Race(session, workload, [Lane(i, p, session) for i, p in enumerate(spec.lanes)])
+    for lane, fits in zip(race.lanes, fitting, strict=True):
+        if not fits:
+            lane.give_up("unavailable", plan.lane_too_large(info, estimate, lane.index))
+            yield from lane.farewell()
+    yield from race.prepare(load_seconds)
+    if not plan.fit_together(estimate, race.live()):
+        yield Note(text="the lanes do not fit into memory together: they run one after the other, not interleaved", level="warning")
+        for lane in race.live():
+            race.only = lane.index
+            yield from race.run(batches)
+            lane.release()
+        race.only = None
+    else:
+        yield from race.run(batches)
+    yield from race.finish(batches)
+
+
+def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """Items in batches of one task; likelihood tasks always run one by one."""
+    run: list[Item] = []
+    for item in items:
+        if run and (len(run) >= size or item.task != run[0].task or item.task != "generate"):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+

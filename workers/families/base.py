@@ -1,0 +1,77 @@
+"""What the engine asks of a model family. Small on purpose: four families are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from workers.session import Session
+from workers.workloads.base import Item, ItemResult
+
+
+@dataclass
+class StepResult:
+    """One step of a run: the prefill, a decode step, later a denoising step or an image.
+
+    Attributes:
+        kind: ``prefill`` or ``step``.
+        seconds: time of this step alone; work between steps (events) is not in it.
+        new: per row of the batch the units this step added (token ids).
+        text: per row the text that became certain with this step.
+    """
+
+    kind: str
+    seconds: float
+    new: list[list[int]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunTrace:
+    """What one lane did with one batch of items.
+
+    Attributes:
+        steps: timings in order; the first is the prefill.
+        results: one a row.
+        counts: metric name -> value, counted during the run.
+        logits: what the quality comparison needs, per row (float32 log-probabilities [n, V]).
+        kept: per row and layer the share of KV heads that kept each prompt token, [layers][tokens].
+    """
+
+    items: Sequence[Item]
+    results: list[ItemResult]
+    steps: list[StepResult] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    logits: list[Any] = field(default_factory=list)
+    kept: list[list[list[float]]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    pieces: list[list[str]] = field(default_factory=list)
+
+
+class Family(Protocol):
+    """Load a model, name its parts, step through items, compare two lanes' results."""
+
+    id: str
+
+    def parts(self, model: nn.Module) -> dict[str, list[str]]:
+        """Qualified names of the model's ``layers``, ``attentions`` and ``linears`` (those policies may replace)."""
+        ...
+
+    def begin(self, session: Session, items: Sequence[Item]) -> RunTrace:
+        """Everything about a batch that is known before it runs (prompt texts and their pieces)."""
+        ...
+
+    def run(self, session: Session, trace: RunTrace) -> Iterator[StepResult]:
+        """Run a batch under the attached policies, filling the trace."""
+        ...
+
+    def follow(self, session: Session, items: Sequence[Item], reference: RunTrace) -> RunTrace:
+        """Untimed: the lane's distributions on the reference's output (teacher-forced)."""
+        ...
+
+    def compare(self, reference: RunTrace, lane: RunTrace) -> list[dict[str, float]]:
+        """Per row: how far the lane's distributions and outputs are from the reference's."""
+        ...

@@ -1,0 +1,334 @@
+"""Language models: own prefill and decode loop over a cache that policies may change.
+
+The library's ``generate`` is silently wrong with an evicted cache, so positions are explicit here
+and the cache is :class:`~workers.mechanisms.cache.StudioCache`.
+
+Shapes: B batch, L padded prompt length, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from studio_state.errors import WorkloadError
+from workers.families.base import RunTrace, StepResult
+from workers.families.text import encode_item, Streamer
+from workers.mechanisms.attention import Forward, forwarding
+from workers.mechanisms.cache import PADDING, StudioCache
+from workers.mechanisms.sampling import Sampler
+from workers.session import Session
+from workers.workloads.base import Item, ItemResult
+
+SCORE_CHUNK = 16  # tokens a forward when scoring a given continuation; the same in every lane
+
+
+@dataclass
+class Batch:
+    """Prompts of one batch, padded on the left.
+
+    Attributes:
+        ids: [B, L] token ids; positions: [B, L], -1 where padded; lengths: prompt length per row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: list[int]
+
+    @property
+    def padded(self) -> bool:
+        """True if the rows differ in length."""
+        return min(self.lengths) != max(self.lengths)
+
+
+def make_batch(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
+    """Left-pad token ids to one tensor."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
+    positions = torch.full_like(ids, PADDING)
+    for row, p in enumerate(prompts):
+        ids[row, longest - len(p) :] = torch.tensor(p, dtype=torch.long)
+        positions[row, longest - len(p) :] = torch.arange(len(p))
+    return Batch(ids.to(device), positions.to(device), [len(p) for p in prompts])
+
+
+@dataclass
+class State:
+    """A generation under way: the cache, the next position of each row, the newest logits [B, V]."""
+
+    cache: StudioCache
+    next_position: Tensor  # [B, 1]
+    logits: Tensor
+    lengths: list[int]
+    padded: bool
+
+
+class LanguageFamily:
+    """Adapter for decoder-only language models of the library."""
+
+    id = "llm"
+
+    def parts(self, model: nn.Module) -> dict[str, list[str]]:
+        """Names of decoder layers, their attentions, and all linear modules (the output head last)."""
+        names = dict(model.named_modules())
+        lists = [n for n, m in names.items() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
+        prefix = min(lists, key=len) if lists else ""
+        layers = [f"{prefix}.{i}" for i in range(len(names[prefix]))] if lists else []  # type: ignore[arg-type]
+        inside = [n for n, m in names.items() if isinstance(m, nn.Linear) and lists and n.startswith(prefix + ".")]
+        head = [n for n, m in names.items() if isinstance(m, nn.Linear) and m is model.get_output_embeddings()]  # type: ignore[operator]
+        return {"layers": layers, "attentions": [f"{n}.self_attn" for n in layers], "linears": inside, "head": head}
+
+    # -- forwards --------------------------------------------------------------------------
+    def prefill(self, session: Session, batch: Batch) -> State:
+        """Pass the prompt through the model, in chunks where asked, and let the policies act at its end."""
+        cache = StudioCache(session.info.layers)
+        length = batch.ids.shape[1]
+        chunk = session.spec.chunk_size or length
+        logits = None
+        for start in range(0, length, chunk):
+            session.check_cancelled()
+            stop = min(start + chunk, length)
+            forward = Forward(
+                cache=cache,
+                phase="prefill",
+                positions=batch.positions[:, start:stop],
+                padded=batch.padded,
+                ends_prefill=stop == length,
+                prompt_tokens=length,
+                kernel=session.spec.attention,
+                observers=session.observers,
+                retain_queries=session.retain_queries,
+                seen=stop,
+            )
+            logits = self.library_forward(session, batch.ids[:, start:stop], forward, last_only=True)
+        for hook in (*session.after_prefill, *session.storage):
+            hook(cache, forward)
+        if logits is None:
+            raise WorkloadError("the prompt holds no token; give at least one character")
+        nexts = torch.tensor(batch.lengths, device=batch.ids.device)[:, None]
+        return State(cache, nexts, logits[:, -1], batch.lengths, batch.padded)
+
+    def library_forward(self, session: Session, ids: Tensor, forward: Forward, last_only: bool = False) -> Tensor:
+        """The library's own modules on ids [B, T]: logits [B, T or 1, V]."""
+        with forwarding(forward):
+            out = session.model(
+                input_ids=ids,
+                position_ids=forward.positions.clamp_min(0),
+                past_key_values=forward.cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+            )
+        return out.logits
+
+    def step(self, session: Session, state: State, ids: Tensor) -> Tensor:
+        """The decode path on the next tokens ids [B, T]: logits [B, T, V]. Advances the state."""
+        session.check_cancelled()
+        t = ids.shape[1]
+        positions = state.next_position + torch.arange(t, device=ids.device)
+        forward = Forward(
+            cache=state.cache,
+            phase="decode",
+            positions=positions,
+            padded=state.padded,
+            prompt_tokens=max(state.lengths),
+            kernel=session.spec.attention,
+            observers=session.observers,
+            seen=state.cache.seen + t,
+        )
+        logits = session.step_forward(ids, forward) if session.step_forward else self.library_forward(session, ids, forward)
+        state.next_position = state.next_position + t
+        state.logits = logits[:, -1]
+        session.count("forward_passes", 1)
+        for hook in session.after_step:
+            hook(state.cache, forward)
+        return logits
+
+    # -- runs ------------------------------------------------------------------------------
+    def begin(self, session: Session, items: Sequence[Item]) -> RunTrace:
+        """Encode the prompts; nothing runs yet.
+
+        Raises:
+            WorkloadError: a prompt is empty, or longer than the model's context.
+        """
+        trace = RunTrace(items=items, results=[ItemResult(item=i) for i in items])
+        for item in items:
+            prompt, ids = encode_item(session, item)
+            new = max((len(c) for c in item.continuation_ids), default=self._new_tokens(session, item) if item.task == "generate" else 0)
+            if session.info.context and len(ids) + new > session.info.context:
+                raise WorkloadError(
+                    f"item {item.id}: {len(ids)} prompt tokens and {new} new ones exceed the context of "
+                    f"{session.info.context} tokens of {session.info.name}; shorten the prompt"
+                )
+            trace.prompts.append(prompt)
+            trace.pieces.append([session.processor.decode([t]) for t in ids])
+            trace.results[len(trace.prompts) - 1].prompt_ids = ids
+        return trace
+
+    def _new_tokens(self, session: Session, item: Item) -> int:
+        return session.spec.max_new_tokens or item.max_new_tokens
+
+    @torch.inference_mode()
+    def run(self, session: Session, trace: RunTrace) -> Iterator[StepResult]:
+        """Prefill, then decode or score by the decode path. Work of the caller between steps is not timed."""
+        session.counts.clear()
+        batch = self._batch(session, trace)
+        start = session.clock()
+        state = self.prefill(session, batch)
+        task = trace.items[0].task
+        if task == "generate":
+            yield from self._generate(session, trace, state, start)
+        else:
+            self._note_prefill(trace, session, state, batch, session.clock() - start)
+            yield trace.steps[-1]
+            yield from self._score(session, trace, state)
+        trace.counts.update(session.counts)
+        trace.counts["kv_bytes"] = float(state.cache.nbytes())
+        trace.counts["cached_tokens"] = state.cache.stored()
+
+    def _batch(self, session: Session, trace: RunTrace) -> Batch:
+        pad = session.processor.pad_token_id
+        return make_batch([r.prompt_ids for r in trace.results], pad if pad is not None else 0, session.device)
+
+    def _note_prefill(self, trace: RunTrace, session: Session, state: State, batch: Batch, seconds: float, new: list[list[int]] | None = None) -> None:
+        trace.steps.append(StepResult("prefill", seconds, new or [], [""] * len(trace.items)))
+        trace.counts["prefill_kv_bytes"] = float(state.cache.nbytes())
+        trace.counts["kept_prompt_tokens"] = state.cache.stored()
+        trace.kept = kept_shares(state.cache, batch)
+
+    def _generate(self, session: Session, trace: RunTrace, state: State, start: float) -> Iterator[StepResult]:
+        sampler = Sampler(session.spec.sampling, session.spec.seed, session.device)
+        limit = max(self._new_tokens(session, i) for i in trace.items)
+        stop = set() if session.spec.eos == "ignore" or trace.items[0].ignore_eos else end_tokens(session)
+        streams = [Streamer(session.processor) for _ in trace.items]
+        done = [False] * len(trace.items)
+        first = sampler.draw(state.logits)
+        for hook in session.before_decode:
+            hook(state.cache, limit)
+        seconds = session.clock() - start
+        batch = self._batch(session, trace)
+        new = [[int(t)] for t in first]
+        self._note_prefill(trace, session, state, batch, seconds, new)
+        step = trace.steps[0]
+        decoder = (session.decoder or one_token_a_step)(session, Generation(self, trace, state, sampler, first, limit))
+        while True:
+            step.new = [self._accept(trace, row, ids, stop, done, limit) for row, ids in enumerate(step.new)]
+            step.text = [streams[row].put(ids, done[row]) for row, ids in enumerate(step.new)]
+            for row, text in enumerate(step.text):
+                trace.results[row].text += text
+            yield step
+            if all(done):
+                return
+            start = session.clock()
+            new = next(decoder)
+            step = StepResult("step", session.clock() - start, new)
+            trace.steps.append(step)
+
+    def _accept(self, trace: RunTrace, row: int, ids: list[int], stop: set[int], done: list[bool], limit: int) -> list[int]:
+        """The ids that count: none after the end token, none over the limit."""
+        result, taken = trace.results[row].token_ids, []
+        for t in ids:
+            if done[row]:
+                break
+            taken.append(t)
+            result.append(t)
+            done[row] = t in stop or len(result) >= limit
+        return taken
+
+    def _score(self, session: Session, trace: RunTrace, state: State) -> Iterator[StepResult]:
+        """Negative log-likelihood of every continuation, each from the same prefilled context."""
+        item, result = trace.items[0], trace.results[0]
+        several = len(item.continuation_ids) > 1
+        for ids in item.continuation_ids:
+            start = session.clock()
+            branch = State(state.cache.clone(), state.next_position, state.logits, state.lengths, state.padded) if several else state
+            logprobs = self.force(session, branch, list(ids))
+            nll = -logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0]
+            result.nll.append(nll.tolist())
+            trace.logits.append(logprobs)
+            step = StepResult("step", session.clock() - start, [list(ids)], [""])
+            trace.steps.append(step)
+            yield step
+
+    def force(self, session: Session, state: State, ids: list[int]) -> Tensor:
+        """Log-probabilities [n, V] (float32) before each of the given next tokens, by the decode path in chunks."""
+        rows = [state.logits.float()]
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):
+            chunk = torch.tensor([ids[start : min(start + SCORE_CHUNK, len(ids) - 1)]], device=session.device)
+            rows.append(self.step(session, state, chunk)[0].float())
+        return torch.cat(rows).log_softmax(-1)
+
+    # -- quality ---------------------------------------------------------------------------
+    @torch.inference_mode()
+    def follow(self, session: Session, items: Sequence[Item], reference: RunTrace) -> RunTrace:
+        """Teacher-forced on the reference's tokens, row by row, untimed."""
+        trace = RunTrace(items=items, results=[ItemResult(item=i) for i in items])
+        for result in reference.results:
+            batch = make_batch([result.prompt_ids], 0, session.device)
+            state = self.prefill(session, batch)
+            for hook in session.before_decode:
+                hook(state.cache, len(result.token_ids))
+            trace.logits.append(self.force(session, state, result.token_ids))
+        return trace
+
+    def compare(self, reference: RunTrace, lane: RunTrace) -> list[dict[str, float]]:
+        """KL divergence and top-1 agreement of the distributions (all continuations of a row together)."""
+        if reference.items[0].task != "generate":
+            return [distance(torch.cat(reference.logits), torch.cat(lane.logits))]
+        return [distance(a, b) for a, b in zip(reference.logits, lane.logits, strict=True)]
+
+
+@dataclass
+class Generation:
+    """What a decoder needs: the state, the sampler, the first token already drawn [B], the limit."""
+
+    family: LanguageFamily
+    trace: RunTrace
+    state: State
+    sampler: Sampler
+    first: Tensor
+    limit: int
+
+
+def one_token_a_step(session: Session, run: Generation) -> Iterator[list[list[int]]]:
+    """The plain decode loop: one forward, one token a row."""
+    ids = run.first
+    while True:
+        logits = run.family.step(session, run.state, ids[:, None])
+        ids = run.sampler.draw(logits[:, -1])
+        yield [[t] for t in ids.tolist()]
+
+
+def end_tokens(session: Session) -> set[int]:
+    """Ids that end a text: the generation config's and the tokenizer's."""
+    config = getattr(session.model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    found = set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    return {int(i) for i in found | {session.processor.eos_token_id} if i is not None}
+
+
+def distance(reference: Tensor, lane: Tensor) -> dict[str, float]:
+    """Mean KL(reference || lane) in nats and share of equal arg-max, of log-probabilities [n, V]."""
+    kl = (reference.exp() * (reference - lane)).sum(-1).mean()
+    return {"kl_to_baseline": max(0.0, float(kl)), "top1_agreement": float((reference.argmax(-1) == lane.argmax(-1)).float().mean())}
+
+
+def kept_shares(cache: StudioCache, batch: Batch) -> list[list[list[float]]]:
+    """Per row, per layer: share of KV heads that still hold each prompt token."""
+    rows = []
+    for row, length in enumerate(batch.lengths):
+        layers = []
+        for layer in cache.layers:
+            held, heads = torch.zeros(length), 0
+            for g in layer.groups:
+                n = g.stop - g.start
+                positions = g.logical(len(batch.lengths), batch.ids.device)[row].cpu()  # [1 or n, S]
+                weight = n / positions.shape[0]
+                for p in positions:
+                    held[p[(p >= 0) & (p < length)]] += weight
+                heads += n
+            layers.append((held / max(1, heads)).tolist())
+        rows.append(layers)
+    return rows

@@ -1,0 +1,107 @@
+"""Keeps the loaded model warm between experiments of one worker."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+import torch
+
+from studio_state.errors import Unavailable
+from studio_state.experiment import ExperimentSpec, ModelInfo
+from workers.families.base import Family
+from workers.families.llm import LanguageFamily
+from workers.mechanisms.attention import NAME as ATTENTION
+from workers.methods import Policy, discover
+from workers.models.info import model_info
+from workers.models.load import load_llm, torch_dtype
+from workers.models.resolve import Resolved, resolve
+from workers.session import Session
+
+FAMILIES: dict[str, type[Any]] = {"llm": LanguageFamily}
+Progress = Callable[[str, float | None], None]
+
+
+class ModelHost:
+    """One loaded model at a time; asking for another one lets the first go."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.loaded: tuple[Any, Any] | None = None
+        self.resolved: Resolved | None = None
+
+    def use_threads(self, threads: int | None) -> None:
+        """CPU threads of this process; None = all cores."""
+        torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
+
+    def unavailable(self) -> dict[str, str]:
+        """Policy id -> why it cannot run in this process."""
+        out = {}
+        for name, cls in discover().items():
+            reason = next((r for r in map(missing, cls.card.requires) if r), None)
+            if reason:
+                out[name] = reason
+        return out
+
+    def inspect(self, spec: ExperimentSpec, progress: Progress = lambda text, done: None) -> ModelInfo:
+        """Find the model and read its config; weights stay where they are.
+
+        Raises:
+            ModelError: it cannot be found or read.
+        """
+        self.resolved = resolve(
+            spec.model, progress=lambda phase, done, text: progress(text or phase, done), trust_remote_code=spec.trust_remote_code
+        )
+        return model_info(self.resolved)
+
+    def open(
+        self,
+        spec: ExperimentSpec,
+        info: ModelInfo,
+        device: torch.device,
+        lanes: Sequence[Sequence[Policy]],
+        fitting: Sequence[bool],
+    ) -> tuple[Session, float]:
+        """A session on the model, and the seconds that loading took (0 = it was warm).
+
+        Args:
+            lanes: policies of every lane; where the baseline does not fit, the first lane that
+                does is packed while loading.
+        """
+        if info.family not in FAMILIES:
+            raise Unavailable(f"models of family {info.family} cannot be run yet; allowed: {', '.join(FAMILIES)}")
+        resolved = self.resolved
+        if resolved is None:
+            raise RuntimeError("inspect() comes before open()")
+        dtype = torch_dtype(spec.dtype, info.dtype, str(device))
+        key = (str(resolved.path), resolved.gguf_file, resolved.revision, dtype, str(device), fitting[0])
+        start, seconds = time.perf_counter(), 0.0
+        if key != self.key:
+            self.unload()
+            self.loaded = load_llm(resolved, dtype, str(device), ATTENTION)
+            self.key, seconds = key, time.perf_counter() - start
+        model, processor = self.loaded  # type: ignore[misc]
+        family: Family = FAMILIES[info.family]()
+        session = Session(spec=spec, info=info, family=family, model=model, processor=processor, device=device, dtype=dtype)
+        return session, seconds
+
+    def unload(self) -> None:
+        """Let the model go and give its memory back."""
+        self.key = self.loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def missing(requirement: str) -> str:
+    """Why a requirement of a card is not met here; empty if it is."""
+    if requirement == "cuda":
+        return "" if torch.cuda.is_available() else "it needs a CUDA GPU, and this worker has none"
+    if requirement.startswith("cpu:"):
+        engine = requirement.removeprefix("cpu:")
+        return "" if engine in torch.backends.quantized.supported_engines else f"this CPU build of torch has no {engine} engine"
+        return "" if find_spec(requirement) else f"the package {requirement} is not installed"

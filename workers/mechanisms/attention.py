@@ -1,0 +1,283 @@
+"""The one attention function, registered with the library and called by the lean blocks alike.
+
+It appends the new keys and values to the cache, builds the mask of this very layer and head
+group, computes, and lets observers look at queries and keys. Because masks are built here, layers
+and heads may differ in length also for forwards of several tokens.
+
+Shapes: B batch, Hq query heads, H key-value heads, G = Hq / H, T new tokens, S stored entries, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from workers.mechanisms.cache import PADDING, HeadGroup, KVLayer, StudioCache
+
+NAME = "pareto"
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model: what attention must know beyond its own tensors.
+
+    Attributes:
+        cache: where keys and values go.
+        phase: ``prefill`` or ``decode`` (scoring uses the decode path).
+        positions: [B, T] logical positions of the new tokens, -1 for padding.
+        padded: some rows are padded.
+        ends_prefill: this is the last chunk of the prompt; evictors act now.
+        prompt_tokens: length of the (padded) prompt.
+        kernel: ``sdpa`` or ``eager``.
+        observers: called after every attention.
+        retain_queries: newest queries to remember across prefill chunks, per layer.
+        narrowed: set by token policies: from which layer on only some new tokens travel, as
+            (first layer, index [B, n] into the new tokens).
+    """
+
+    cache: StudioCache
+    phase: Literal["prefill", "decode"]
+    positions: Tensor
+    padded: bool = False
+    ends_prefill: bool = False
+    prompt_tokens: int = 0
+    kernel: Literal["sdpa", "eager"] = "sdpa"
+    observers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
+    retain_queries: int = 0
+    narrowed: list[tuple[int, Tensor]] = field(default_factory=list)
+    seen: int = 0
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def positions_at(self, layer: int) -> Tensor:
+        """Positions [B, T'] of the tokens that travel through this layer."""
+        positions = self.positions
+        for first, index in self.narrowed:
+            if layer >= first:
+                positions = positions.gather(1, index)
+        return positions
+
+
+@dataclass
+class AttentionCall:
+    """What an observer sees after the attention of one layer.
+
+    Attributes:
+        query: [B, Hq, T, D] after rotary embedding.
+        cache: the layer's memory, the new entries included.
+    """
+
+    layer: int
+    query: Tensor
+    cache: KVLayer
+    forward: Forward
+    scaling: float
+    window: int | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """All stored keys [B, H, S, D]."""
+        return self.cache.group.store.read()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """All stored values [B, H, S, D]."""
+        return self.cache.group.store.read()[1]
+
+    def newest_queries(self, count: int) -> Tensor:
+        """The newest ``count`` queries [B, Hq, <= count, D], earlier prefill chunks included."""
+        tail = self.cache.query_tail
+        query = self.query if tail is None else torch.cat((tail, self.query), 2)
+        return query[:, :, -count:]
+
+    def probabilities(self, query: Tensor, first: int | None = None) -> Tensor:
+        """Softmax attention [B, Hq, w, S] (float32) of some queries over all stored keys.
+
+        Args:
+            query: [B, Hq, w, D]; the newest ones (earlier prefill chunks included), or
+            first: those that start at this place among the new tokens.
+        """
+        b, hq, w, d = query.shape
+        keys = self.keys
+        h, s = keys.shape[1], keys.shape[2]
+        t = self.query.shape[2]
+        behind = 0 if first is None else t - first - w  # entries newer than the last of these queries
+        logits = (query.reshape(b, h, hq // h * w, d).float() @ keys.float().transpose(2, 3)) * self.scaling
+        logits = logits.view(b, h, hq // h, w, s)
+        positions = self._newest_positions(w) if first is None else self.forward.positions_at(self.layer)[:, first : first + w]
+        mask = visible(self.cache.group, positions, w, self.window, s, query.device, behind)
+        return logits.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).reshape(b, hq, w, s)
+
+    def _newest_positions(self, count: int) -> Tensor:
+        """Positions [B, count] of the newest entries: those of this layer's cache."""
+        group = self.cache.group
+        if group.positions is None:
+            return torch.arange(group.store.length - count, group.store.length, device=self.query.device)[None]
+        return group.positions[:, 0, -count:]
+
+
+def visible(
+    group: HeadGroup, positions: Tensor, t: int, window: int | None, s: int, device: torch.device, behind: int = 0
+) -> Tensor:
+    """Which stored entries each of ``t`` queries may see: bool [B or 1, H or 1, t, S].
+
+    The queries are those of the newest entries, or of the ones ``behind`` entries before them. A
+    padded query sees only itself, so that no softmax is empty.
+    """
+    if group.positions is None:
+        rows = torch.arange(s - t - behind, s - behind, device=device)[:, None]
+        columns = torch.arange(s, device=device)[None, :]
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
+        return mask[None, None]
+    entry = group.positions[:, :, None, :]  # [B, 1 or H, 1, S]
+    row = positions[:, None, :, None]  # [B, 1, t, 1]
+    mask = (entry <= row) & (entry != PADDING)
+    if window is not None:
+        mask &= entry > row - window
+    own = torch.arange(s - t - behind, s - behind, device=device)[:, None] == torch.arange(s, device=device)[None, :]
+    return mask | own
+
+
+def attend(
+    forward: Forward,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Append, attend, let observers look.
+
+    Args:
+        query: [B, Hq, T, D]; key, value: [B, H, T, D], after rotary embedding.
+        window: sliding window of the layer, in positions.
+        softcap: tanh cap of the logits (Gemma 2).
+
+    Returns:
+        [B, T, Hq, D]
+    """
+    memory = forward.cache.layers[layer]
+    positions = forward.positions_at(layer) if forward.narrowed else forward.positions
+    memory.append(key, value, positions, forward.seen, forward.padded)
+    per_kv = query.shape[1] // key.shape[1]
+    if len(memory.groups) == 1:
+        out = _group_attention(forward, memory.groups[0], positions, query, scaling, window, softcap)
+    else:
+        parts = [
+            _group_attention(forward, g, positions, query[:, g.start * per_kv : g.stop * per_kv], scaling, window, softcap)
+            for g in memory.groups
+        ]
+        out = torch.cat(parts, 1)
+    if forward.observers:
+        call = AttentionCall(layer, query, memory, forward, scaling, window)
+        for observe in forward.observers:
+            observe(call)
+    if forward.retain_queries and forward.phase == "prefill":
+        keep = forward.retain_queries
+        tail = query if memory.query_tail is None else torch.cat((memory.query_tail, query), 2)
+        memory.query_tail = None if forward.ends_prefill else tail[:, :, -keep:].clone()
+    return out.transpose(1, 2)
+
+
+def _group_attention(
+    forward: Forward, group: HeadGroup, positions: Tensor, query: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention of one head group: query [B, Hq, T, D] -> [B, Hq, T, D]."""
+    keys, values = group.store.read()
+    b, hq, t, d = query.shape
+    h, s = keys.shape[1], keys.shape[2]
+    gapless = group.positions is None
+    if window is not None and gapless and s <= window:
+        window = None
+    unmasked = t == 1 and window is None and (gapless or not group.padded)
+    causal = gapless and s == t and window is None
+    if forward.kernel == "sdpa" and softcap is None and (unmasked or causal):
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=causal and t > 1, scale=scaling, enable_gqa=hq != h
+        )
+    packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows: keys need no copy
+    mask = None if unmasked else _mask(forward, group, positions, t, s, window, hq // h, query.device)
+    if forward.kernel == "sdpa" and softcap is None:
+        return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling).view(b, hq, t, -1)
+    logits = (packed @ keys.transpose(2, 3)) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ values).view(b, hq, t, -1)
+
+
+def _mask(
+    forward: Forward, group: HeadGroup, positions: Tensor, t: int, s: int, window: int | None, groups: int, device: torch.device
+) -> Tensor:
+    """Mask [B or 1, H or 1, G * T, S], built once a forward where layers share it."""
+    key = (t, s, window, groups) if group.positions is None else None
+    if key is not None and key in forward.masks:
+        return forward.masks[key]
+    mask = visible(group, positions, t, window, s, device).repeat(1, 1, groups, 1)
+    if key is not None:
+        forward.masks[key] = mask
+    return mask
+
+
+_active: ContextVar[Forward | None] = ContextVar("pareto_forward", default=None)
+
+
+@contextmanager
+def forwarding(forward: Forward) -> Iterator[None]:
+    """Everything that the library's modules attend to inside belongs to this forward."""
+    token = _active.set(forward)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def active_forward() -> Forward | None:
+    """The forward under way, for wrappers of library modules."""
+    return _active.get()
+
+
+def _library_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What the library calls. Without a forward of ours it is the library's own sdpa."""
+    forward = _active.get()
+    if forward is None:
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return attend(forward, module.layer_idx, query, key, value, scale, sliding_window, softcap), None  # type: ignore[arg-type]
+
+
+def _library_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask inside a forward of ours (it is built per layer); the library's own otherwise."""
+    return None if _active.get() is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, _library_attention)
+AttentionMaskInterface.register(NAME, _library_mask)

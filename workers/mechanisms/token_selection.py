@@ -1,0 +1,117 @@
+"""Letting only some prompt tokens travel through the later layers.
+
+During the prefill one attention call chooses; the library's decoder layers behind it then receive the
+hidden states, rotary embeddings and positions of the chosen tokens only. Masks and caches follow by
+themselves, because attention asks :meth:`Forward.positions_at`.
+
+Shapes: B batch, L prompt tokens, n chosen ones, H KV heads, C hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.mechanisms.attention import AttentionCall, Forward, active_forward
+from workers.mechanisms.cache import StudioCache
+from workers.session import Session
+
+Select = Callable[[AttentionCall], Tensor | None]
+
+
+@contextmanager
+def narrowing(session: Session, policy: str, after: int, select: Select) -> Iterator[None]:
+    """Let ``select`` choose, in layer ``after`` of a whole-prompt prefill, which tokens go on behind it.
+
+    Args:
+        after: index of the layer whose attention call is handed to ``select``; it still runs on all tokens.
+        select: attention call -> indices [B, n] into the prompt tokens, ascending; None = all.
+    """
+
+    def observe(call: AttentionCall) -> None:
+        if call.layer != after or call.forward.phase != "prefill":
+            return
+        index = select(call)
+        if index is not None:
+            call.forward.narrowed.append((after + 1, index))
+            session.did(policy, call.query.shape[2] - index.shape[1])
+
+    names = session.family.parts(session.model)["layers"]
+    layers = [session.model.get_submodule(n) for n in names]
+    with session.hooked(session.observers, observe), ExitStack() as hooks:
+        hooks.callback(layers[after].register_forward_hook(_narrow_output(after + 1)).remove)
+        for layer in layers[after + 1 :]:
+            hooks.callback(layer.register_forward_pre_hook(_narrow_arguments, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def truncating(session: Session) -> Iterator[None]:
+    """After the prefill, drop from the layers before each selection what it did not choose."""
+
+    def truncate(cache: StudioCache, forward: Forward) -> None:
+        for first, index in forward.narrowed:
+            for layer in cache.layers[:first]:
+                heads = layer.groups[-1].stop
+                layer.keep(index[:, None].expand(-1, heads, -1))
+
+    with session.hooked(session.after_prefill, truncate):
+        yield
+
+
+def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts`` [B] best real tokens of each row, ascending, filled up with padding: [B, max(counts)].
+
+    Args:
+        scores: [B, L], higher = keep.
+        real: [B, L], False for padding; each row pads at least as much as it lacks against the longest count.
+    """
+    ranked = scores.masked_fill(~real, float("-inf")).argsort(-1, descending=True, stable=True)
+    rank = torch.empty_like(ranked).scatter_(-1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
+    chosen = real & (rank < counts[:, None])
+    preference = chosen.int() * 2 + (~real).int()  # chosen, then padding, then what is dropped
+    return preference.argsort(-1, descending=True, stable=True)[:, : int(counts.max())].sort(-1).values
+
+
+def _narrow_output(first: int) -> Callable[..., Any]:
+    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+        index = _index_for(first)
+        if index is None:
+            return None
+        if isinstance(output, tuple):
+            return (_rows(output[0], index), *output[1:])
+        return _rows(output, index)
+
+    return narrow
+
+
+def _narrow_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Rotary embeddings and positions of the tokens that travel; the hidden states are narrowed already."""
+    forward = active_forward()
+    if forward is None or not forward.narrowed:
+        return None
+    changed = dict(kwargs)
+    for _, index in forward.narrowed:
+        if changed.get("position_embeddings") is not None:
+            changed["position_embeddings"] = tuple(_rows(x, index) for x in changed["position_embeddings"])
+        if changed.get("position_ids") is not None:
+            changed["position_ids"] = _rows(changed["position_ids"], index)
+    return args, changed
+
+
+def _index_for(first: int) -> Tensor | None:
+    forward = active_forward()
+    found = [index for layer, index in forward.narrowed if layer == first] if forward is not None else []
+    return found[0] if found else None
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` [B, n] of ``x`` [B or 1, L] or [B or 1, L, C]."""
+    x = x.expand(index.shape[0], *x.shape[1:])
+    if x.dim() == 2:
+        return x.gather(1, index)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

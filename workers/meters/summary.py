@@ -1,0 +1,69 @@
+"""From samples of items to one number a lane, and to ratios with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean, median
+
+from studio_state.events import Event, Metric, Ratio
+from studio_state.metrics import METRICS
+from studio_state.stats import mcnemar, paired_ratio_of_exp_means, ratio_interval
+from workers.lanes import Lane, live
+from workers.workloads.base import Workload
+
+_REDUCE = {"median": median, "mean": fmean, "max": max, "sum": sum}
+
+
+def summarize(lanes: Sequence[Lane], workload: Workload, reference: int) -> Iterator[Event]:
+    """One metric event per lane and name without an item, then the ratios to the reference lane."""
+    running = live(lanes)
+    for lane in running:
+        for name, samples in lane.samples.items():
+            how = METRICS[name].summary
+            if how in _REDUCE:
+                values = list(samples.values())
+                yield lane.whole(name, float(_REDUCE[how](values)), n=len(values))
+        judged = [g.correct for g in lane.grades if g.correct is not None]
+        if judged:
+            yield lane.whole("accuracy", sum(judged) / len(judged), n=len(judged))
+        for name, value in workload.summarize(lane.results).items():
+            yield lane.whole(name, value, n=len(lane.results))
+    base = lanes[reference]
+    if base not in running:
+        return
+    for lane in running:
+        if lane is not base:
+            yield from _ratios(lane, base)
+
+
+def _ratios(lane: Lane, base: Lane) -> Iterator[Event]:
+    interleaved = lane.interleaved and base.interleaved
+    for name, info in METRICS.items():
+        if not info.ratio or name not in lane.given or not base.given.get(name):
+            continue
+        mine, theirs = lane.samples.get(name, {}), base.samples.get(name, {})
+        pairs = [(mine[k], theirs[k]) for k in theirs if k in mine]
+        value = lane.given[name] / base.given[name]
+        if name == "perplexity":
+            yield _perplexity_ratio(lane, base, value)
+        elif info.group == "speed" and len(pairs) > 1 and interleaved and all(b > 0 for _, b in pairs):
+            r = ratio_interval([a for a, _ in pairs], [b for _, b in pairs])
+            yield Ratio(lane=lane.index, name=name, value=r.value, low=r.low, high=r.high, n=len(pairs))
+        else:
+            yield Ratio(lane=lane.index, name=name, value=value, n=max(1, len(pairs)))
+    paired = [
+        (a.correct, b.correct) for a, b in zip(lane.grades, base.grades, strict=False) if a.correct is not None and b.correct is not None
+    ]
+    if paired:
+        test = mcnemar([a for a, _ in paired], [b for _, b in paired])
+        yield Metric(lane=lane.index, name="p_value", value=test.p_value, n=len(paired))
+
+
+def _perplexity_ratio(lane: Lane, base: Lane, value: float) -> Ratio:
+    """Interval by resampling items: the ratio is exp of a difference of mean NLLs."""
+    mine = [[x for row in r.nll for x in row] for r in lane.results]
+    theirs = [[x for row in r.nll for x in row] for r in base.results]
+    if len(mine) < 2 or len(mine) != len(theirs):
+        return Ratio(lane=lane.index, name="perplexity", value=value, n=len(mine))
+    low, high = paired_ratio_of_exp_means(mine, theirs)
+    return Ratio(lane=lane.index, name="perplexity", value=value, low=low, high=high, n=len(mine))

@@ -1,0 +1,71 @@
+"""What fits into memory, decided before weights load. All numbers here are estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from workers.lanes import Lane
+from workers.methods import Policy
+from workers.models.fit import estimate as estimate_model
+from workers.models.load import torch_dtype
+
+EXPECTED_TOKENS = 1024  # where the workload's lengths are not known yet
+
+
+def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> MemoryEstimate:
+    """Weights, KV and activations of the baseline next to the free memory."""
+    tokens = int(spec.workload.options.get("length") or spec.workload.options.get("prompt_tokens") or EXPECTED_TOKENS)
+    tokens += spec.max_new_tokens or 64
+    if info.context:
+        tokens = min(tokens, info.context)
+    return estimate_model(
+        info,
+        tokens=tokens,
+        batch=spec.batch,
+        dtype=torch_dtype(spec.dtype, info.dtype, str(device)),
+        device=str(device),
+        attention=spec.attention,
+        chunk=spec.chunk_size,
+    )
+
+
+def lane_bytes(estimate: MemoryEstimate, policies: Sequence[Policy]) -> int:
+    """Bytes a lane needs by itself."""
+    weights = prod(p.weight_factor() for p in policies)
+    kv = prod(p.kv_factor() for p in policies)
+    return int(estimate.weight_bytes * weights + estimate.kv_bytes * kv + estimate.activation_bytes)
+
+
+def lane_fits(estimate: MemoryEstimate, policies: Sequence[Policy]) -> bool:
+    """True if the lane fits by itself."""
+    return lane_bytes(estimate, policies) <= estimate.free_bytes
+
+
+def fit_together(estimate: MemoryEstimate, lanes: Sequence[Lane]) -> bool:
+    """True if the base weights and every lane's own replacements fit at the same time."""
+    extra = sum(estimate.weight_bytes * prod(p.weight_factor() for p in lane.policies) for lane in lanes if any(p.card.alters_weights for p in lane.policies))
+    return estimate.total + extra <= estimate.free_bytes
+
+
+def gib(n: float) -> str:
+    """Bytes for people."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def too_large(info: ModelInfo, estimate: MemoryEstimate) -> str:
+    """Why nothing can run."""
+    return (
+        f"{info.name} needs about {gib(estimate.total)} ({gib(estimate.weight_bytes)} weights, {gib(estimate.kv_bytes)} KV cache, "
+        f"{gib(estimate.activation_bytes)} activations), but {gib(estimate.free_bytes)} are free on {estimate.device}, and no lane compresses it "
+        "enough; choose a smaller model, a narrower dtype, or add a weight policy such as rtn:bits=4"
+    )
+
+
+def lane_too_large(info: ModelInfo, estimate: MemoryEstimate, lane: int) -> str:
+    """Why one lane cannot run."""
+    what = "no baseline on this device: " if lane == 0 else ""
+    return f"{what}{info.name} without enough compression needs about {gib(estimate.total)}, {gib(estimate.free_bytes)} are free on {estimate.device}"

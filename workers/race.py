@@ -1,0 +1,299 @@
+"""Running the lanes over the items, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from studio_state.errors import StudioError, WorkloadError
+from studio_state.events import Event, ItemStarted, Kept, LaneStarted, Note, Output, Phase, Tokens
+from workers.families.base import RunTrace, StepResult
+from workers.lanes import Lane, live
+from workers.mechanisms.linear import weight_bytes
+from workers.meters.memory import peak_allocated, resident_bytes
+from workers.meters.speed import speed
+from workers.meters.summary import summarize
+from workers.session import Cancelled, Session
+from workers.workloads.base import Item, ItemResult, Workload
+
+FLUSH_SECONDS = 0.1  # text is told at most this often
+WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many
+WARMUP_SECONDS = 10.0
+WARMUP_TOKENS = (32, 8)  # prompt and new tokens of a warm-up run
+MEMORY_NEW_TOKENS = 8  # new tokens in the untimed memory pass
+
+
+class Race:
+    """The lanes of one experiment.
+
+    Attributes:
+        only: index of the single lane that runs now, where lanes cannot be interleaved.
+    """
+
+    def __init__(self, session: Session, workload: Workload, lanes: list[Lane]):
+        self.session, self.workload, self.lanes = session, workload, lanes
+        self.only: int | None = None
+        self.shown: set[str] = set()
+        self.references: dict[str, RunTrace] = {}
+
+    def live(self) -> list[Lane]:
+        """Lanes that still run (the one lane that may run now, if there is only one)."""
+        return [lane for lane in live(self.lanes) if self.only in (None, lane.index)]
+
+    # -- before ----------------------------------------------------------------------------
+    def prepare(self, load_seconds: float) -> Iterator[Event]:
+        """Build what the lanes need and warm them up."""
+        for lane in self.live():
+            yield LaneStarted(lane=lane.index, order=lane.order)
+            yield Phase(name="build", lane=lane.index)
+            start = self.session.clock()
+            try:
+                with lane.attached(prepare=True):
+                    built = self.session.clock() - start
+                    yield lane.whole("weight_bytes", weight_bytes(self.session))
+            except Cancelled:
+                raise
+            except Exception as e:
+                yield from self._lane_failed(lane, e)
+                continue
+            yield lane.whole("load_s", load_seconds)
+            yield lane.whole("build_s", built if lane.policies else 0.0)
+        for i, lane in enumerate(self.live()):
+            yield Phase(name="warmup", lane=lane.index, done=i / max(1, len(self.live())))
+            start = self.session.clock()
+            try:
+                with lane.attached():
+                    self._warm_up()
+            except Cancelled:
+                raise
+            except Exception as e:
+                yield from self._lane_failed(lane, e)
+                continue
+            lane.acted.clear()
+            yield lane.whole("warmup_s", self.session.clock() - start)
+
+    def _warm_up(self) -> None:
+        prompt, new = WARMUP_TOKENS
+        vocabulary = max(2, self.session.info.vocab or 2)
+        ids = tuple((7 * i + 11) % vocabulary for i in range(prompt))
+        item = Item(id="warmup", prompt_ids=ids, max_new_tokens=new, ignore_eos=True)
+        began, before = time.perf_counter(), 0.0
+        with self.session.having(spec=self.session.spec.model_copy(update={"max_new_tokens": new, "chunk_size": None})):
+            for _ in range(WARMUP_RUNS):
+                trace = self.session.family.begin(self.session, [item])
+                seconds = sum(step.seconds for step in self.session.family.run(self.session, trace))
+                if abs(seconds - before) < 0.05 * seconds or time.perf_counter() - began > WARMUP_SECONDS:
+                    return
+                before = seconds
+
+    # -- the items -------------------------------------------------------------------------
+    def run(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
+        """All items, all repeats, lanes in rotating order; then the quality of each item."""
+        repeats = self.session.spec.repeats
+        total = len(batches) * repeats
+        turn = 0
+        for repeat in range(repeats):
+            for number, batch in enumerate(batches):
+                traces: dict[int, RunTrace] = {}
+                running = self.live()
+                for lane in running[turn % max(1, len(running)) :] + running[: turn % max(1, len(running))]:
+                    yield Phase(name="run", lane=lane.index, done=turn / total)
+                    try:
+                        trace = yield from self._item(lane, batch, number, len(batches), repeat)
+                    except Cancelled:
+                        raise
+                    except Exception as e:
+                        yield from self._lane_failed(lane, e)
+                        continue
+                    traces[lane.index] = trace
+                turn += 1
+                if repeat == 0:
+                    yield Phase(name="quality", done=turn / total)
+                    yield from self._quality(batch, traces)
+        yield Phase(name="run", done=1.0)
+
+    def _item(self, lane: Lane, batch: list[Item], number: int, of: int, repeat: int) -> Iterator[Event]:
+        session, family = self.session, self.session.family
+        with lane.attached():
+            trace = family.begin(session, batch)
+            for row, item in enumerate(batch):
+                first = item.id not in self.shown
+                self.shown.add(item.id)
+                prompt, pieces = (trace.prompts[row], trace.pieces[row]) if first else ("", [])
+                yield ItemStarted(lane=lane.index, item=item.id, index=number, of=of, repeat=repeat, prompt=prompt, pieces=pieces)
+            teller = Teller(lane.index, batch, repeat)
+            for step in family.run(session, trace):
+                yield from teller.heard(step)
+            yield from teller.rest()
+        yield from self._measured(lane, trace, repeat)
+        return trace
+
+    def _measured(self, lane: Lane, trace: RunTrace, repeat: int) -> Iterator[Event]:
+        key = batch_key(trace.items)
+        for name, value in {**speed(trace), **trace.counts}.items():
+            yield lane.sample(name, value, key, repeat)
+        yield lane.whole("worker_rss_bytes", float(resident_bytes()))
+        if repeat:
+            return
+        for row, result in enumerate(trace.results):
+            grade = self.workload.grade(result)
+            lane.results.append(result)
+            lane.grades.append(grade)
+            for name, value in grade.metrics.items():
+                yield lane.sample(name, value, result.item.id)
+            kind = {"generate": "text", "score": "score", "choose": "choice"}[result.item.task]
+            yield Output(
+                lane=lane.index,
+                item=result.item.id,
+                kind=kind,  # type: ignore[arg-type]
+                text=grade.text or result.text,
+                expected=result.item.expected,
+                correct=grade.correct,
+                data={**grade.data, "token_ids": result.token_ids},
+            )
+            if any(min(layer, default=1.0) < 1 for layer in trace.kept[row]):
+                yield kept_event(lane.index, result.item.id, trace.kept[row])
+
+    # -- quality ---------------------------------------------------------------------------
+    def _quality(self, batch: list[Item], traces: dict[int, RunTrace]) -> Iterator[Event]:
+        """Distance of every lane's distributions and outputs from the baseline's, untimed."""
+        family, key = self.session.family, batch_key(batch)
+        generates = batch[0].task == "generate"
+        if 0 in traces:
+            self.references[key] = self._followed(self.lanes[0], batch, traces[0], traces[0]) if generates else traces[0]
+        reference = self.references.get(key)
+        if reference is None:
+            return
+        for index, trace in traces.items():
+            lane = self.lanes[index]
+            if index == 0:
+                followed = reference
+            else:
+                try:
+                    followed = self._followed(lane, batch, reference, trace) if generates else trace
+                except Cancelled:
+                    raise
+                except Exception as e:
+                    yield from self._lane_failed(lane, e)
+                    continue
+            for item, values in zip(batch, family.compare(reference, followed), strict=True):
+                for name, value in values.items():
+                    yield lane.sample(name, value, item.id)
+            if generates:
+                for mine, theirs in zip(trace.results, reference.results, strict=True):
+                    same = first_difference(mine, theirs)
+                    yield lane.sample("first_divergence", float(same), mine.item.id)
+                    yield lane.sample("same_output", float(mine.token_ids == theirs.token_ids), mine.item.id)
+        for trace in traces.values():
+            if trace is not reference:
+                trace.logits = []
+        if self.only is None:
+            self.references.pop(key, None)
+
+    def _followed(self, lane: Lane, batch: list[Item], reference: RunTrace, own: RunTrace) -> RunTrace:
+        with lane.attached():
+            trace = self.session.family.follow(self.session, batch, reference)
+        trace.results = own.results
+        return trace
+
+    # -- after -----------------------------------------------------------------------------
+    def finish(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
+        """The memory pass, the summaries, the ratios."""
+        longest = max(batches, key=lambda b: max(len(i.prompt) + 4 * len(i.prompt_ids) for i in b))
+        for lane in self.live():
+            yield Phase(name="memory", lane=lane.index)
+            try:
+                peak = self._peak(lane, longest)
+            except Cancelled:
+                raise
+            except Exception as e:
+                yield from self._lane_failed(lane, e)
+                continue
+            yield lane.whole("peak_activation_bytes", float(peak))
+            yield lane.whole("peak_memory_bytes", peak + lane.given["weight_bytes"])
+            lane.check_effect()
+        yield from summarize(self.lanes, self.workload, self.session.spec.reference)
+        for lane in live(self.lanes):
+            lane.status = "finished"
+            yield from lane.farewell()
+
+    def _peak(self, lane: Lane, batch: list[Item]) -> int:
+        session = self.session
+        spec = session.spec.model_copy(update={"max_new_tokens": MEMORY_NEW_TOKENS})
+        acted = dict(lane.acted)
+
+        def work() -> None:
+            trace = session.family.begin(session, batch)
+            for _ in session.family.run(session, trace):
+                session.check_cancelled()
+
+        with lane.attached(), session.having(spec=spec):
+            peak = peak_allocated(session, work)
+        lane.acted.clear()
+        lane.acted.update(acted)
+        return peak
+
+    def _lane_failed(self, lane: Lane, error: Exception) -> Iterator[Event]:
+        """A lane that fails leaves the others running."""
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            message = "the device ran out of memory in this lane; use a smaller batch, a shorter prompt or stronger compression"
+        elif isinstance(error, StudioError):
+            message = str(error)
+        else:
+            message = f"{type(error).__name__}: {error}"
+            yield Note(text="".join(traceback.format_exception(error))[-4000:], level="warning", lane=lane.index)
+        if isinstance(error, WorkloadError) and lane.index == 0:
+            raise error
+        lane.give_up("failed", message)
+        yield from lane.farewell()
+
+
+class Teller:
+    """Turns steps into token events, not more often than ten times a second."""
+
+    def __init__(self, lane: int, batch: Sequence[Item], repeat: int):
+        self.lane, self.batch, self.repeat = lane, batch, repeat
+        self.elapsed = 0.0
+        self.told = time.perf_counter()
+        self.waiting: list[tuple[list[int], str, list[float]]] = [([], "", []) for _ in batch]
+
+    def heard(self, step: StepResult) -> Iterator[Event]:
+        """Take a step in; tell what waits if it is time."""
+        self.elapsed += step.seconds
+        for row, ids in enumerate(step.new[: len(self.batch)]):
+            old_ids, text, at = self.waiting[row]
+            self.waiting[row] = (old_ids + ids, text + (step.text[row] if row < len(step.text) else ""), at + [self.elapsed] * len(ids))
+        if time.perf_counter() - self.told >= FLUSH_SECONDS:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Event]:
+        """Tell everything that waits."""
+        for item, (ids, text, at) in zip(self.batch, self.waiting, strict=True):
+            if ids or text:
+                yield Tokens(lane=self.lane, item=item.id, repeat=self.repeat, ids=ids, text=text, at=[round(x, 6) for x in at])
+        self.waiting = [([], "", []) for _ in self.batch]
+        self.told = time.perf_counter()
+
+
+def batch_key(items: Sequence[Item]) -> str:
+    """Name of a batch in the record: its item, or first..last."""
+    return items[0].id if len(items) == 1 else f"{items[0].id}..{items[-1].id}"
+
+
+def first_difference(mine: ItemResult, theirs: ItemResult) -> int:
+    """Tokens before two outputs differ; the shorter length if one begins the other; the length if equal."""
+    pairs = zip(mine.token_ids, theirs.token_ids, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(mine.token_ids), len(theirs.token_ids)))
+
+
+def kept_event(lane: int, item: str, layers: list[list[float]]) -> Kept:
+    """The eviction map of one item, small enough to send."""
+    share = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+    return Kept(
+        lane=lane, item=item, share=[round(s, 4) for s in share], layers=["".join(str(round(9 * x)) for x in layer) for layer in layers]
+    )
+
+

@@ -1,0 +1,147 @@
+"""What a method may touch: the loaded model, the hooks into its forward passes, the lane's counters.
+
+One :class:`Session` serves one experiment in one worker. Policies change it inside ``attach`` and
+undo everything on the way out; nothing of a run is kept on a policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from studio_state.experiment import ExperimentSpec, ModelInfo
+from workers.mechanisms.attention import AttentionCall, Forward
+from workers.mechanisms.cache import StudioCache
+
+if TYPE_CHECKING:
+    from workers.families.base import Family
+
+Observer = Callable[[AttentionCall], None]
+CacheHook = Callable[[StudioCache, Forward], None]
+StepForward = Callable[[Tensor, Forward], Tensor]
+Decoder = Callable[["Session", Any], Iterator[list[list[int]]]]
+
+
+class Cancelled(Exception):
+    """The person asked to stop; raised between steps."""
+
+
+@dataclass
+class Session:
+    """The model of one experiment and everything policies may hang onto it.
+
+    Attributes:
+        observers: called after every attention call, in the order they were attached.
+        after_prefill: called once the whole prompt is cached (evictions over several layers).
+        storage: called after those, so that a storage format never changes what an evictor sees.
+        after_step: called after every decode step.
+        step_forward: replaces the library's forward for decode steps: (ids [B, T], forward) -> logits [B, T, V].
+        decoder: owns the decode loop; None = one token a step.
+        before_decode: called with the cache and the number of tokens to come, before the first decode step.
+        retain_queries: how many newest queries each layer remembers across prefill chunks.
+        built: what alters_weights policies built, by key; lives as long as the experiment.
+        acted: policy id -> how much it did in this lane.
+        counts: metric name -> value of the running item.
+    """
+
+    spec: ExperimentSpec
+    info: ModelInfo
+    family: Family
+    model: nn.Module
+    processor: Any
+    device: torch.device
+    dtype: torch.dtype
+    observers: list[Observer] = field(default_factory=list)
+    after_prefill: list[CacheHook] = field(default_factory=list)
+    storage: list[CacheHook] = field(default_factory=list)
+    after_step: list[CacheHook] = field(default_factory=list)
+    step_forward: StepForward | None = None
+    before_decode: list[Callable[[StudioCache, int], None]] = field(default_factory=list)
+    decoder: Decoder | None = None
+    retain_queries: int = 0
+    built: dict[Hashable, Any] = field(default_factory=dict)
+    acted: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    is_cancelled: Callable[[], bool] = lambda: False
+
+    def check_cancelled(self) -> None:
+        """Raise between steps if the person asked to stop.
+
+        Raises:
+            Cancelled: a cancel message has arrived.
+        """
+        if self.is_cancelled():
+            raise Cancelled
+
+    def clock(self) -> float:
+        """Seconds, after the device has finished everything before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def count(self, name: str, value: float) -> None:
+        """Add to a counter of the running item."""
+        self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def did(self, policy: str, amount: float = 1.0) -> None:
+        """A policy changed something. What never does anything is flagged ``no effect``."""
+        self.acted[policy] = self.acted.get(policy, 0.0) + amount
+
+    def once(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Build something once per experiment (packed weights, fused blocks)."""
+        if key not in self.built:
+            self.built[key] = build()
+        return self.built[key]
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Let everything that was built for the experiment go at its end."""
+        try:
+            yield
+        finally:
+            self.built.clear()
+
+    @contextmanager
+    def hooked(self, hooks: list[Any], hook: Any) -> Iterator[None]:
+        """Have ``hook`` in one of the hook lists for a while."""
+        hooks.append(hook)
+        try:
+            yield
+        finally:
+            hooks.remove(hook)
+
+    @contextmanager
+    def having(self, **fields: Any) -> Iterator[None]:
+        """Set fields of the session for a while."""
+        before = {name: getattr(self, name) for name in fields}
+        for name, value in fields.items():
+            setattr(self, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    @contextmanager
+    def swapped(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """Put other modules in the place of the model's own, by qualified name, for a while.
+
+        A module that stands in several places (tied weights) is replaced where it is named.
+        """
+        before: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            for name, module in modules.items():
+                parent_name, _, child = name.rpartition(".")
+                parent = self.model.get_submodule(parent_name)
+                before.append((parent, child, getattr(parent, child)))
+                setattr(parent, child, module)
+            yield
+        finally:
+            for parent, child, module in reversed(before):
+                setattr(parent, child, module)
