@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import exp
 from statistics import fmean, median
 
 from studio_state.events import Event, Metric, Ratio
 from studio_state.metrics import METRICS
-from studio_state.stats import mcnemar, paired_ratio_of_exp_means, ratio_interval
+from studio_state.stats import mcnemar, paired_bootstrap, ratio_interval, wilson
 from workers.lanes import Lane, live
 from workers.workloads.base import Workload
 
@@ -20,12 +21,13 @@ def summarize(lanes: Sequence[Lane], workload: Workload, reference: int) -> Iter
     for lane in running:
         for name, samples in lane.samples.items():
             how = METRICS[name].summary
-            if how in _REDUCE:
+            if how in _REDUCE and name != "accuracy":
                 values = list(samples.values())
                 yield lane.whole(name, float(_REDUCE[how](values)), n=len(values))
         judged = [g.correct for g in lane.grades if g.correct is not None]
         if judged:
-            yield lane.whole("accuracy", sum(judged) / len(judged), n=len(judged))
+            share = wilson(sum(judged), len(judged))
+            yield lane.whole("accuracy", share.value, n=len(judged)).model_copy(update={"low": share.low, "high": share.high})
         for name, value in workload.summarize(lane.results).items():
             yield lane.whole(name, value, n=len(lane.results))
     base = lanes[reference]
@@ -61,9 +63,7 @@ def _ratios(lane: Lane, base: Lane) -> Iterator[Event]:
 
 def _perplexity_ratio(lane: Lane, base: Lane, value: float) -> Ratio:
     """Interval by resampling items: the ratio is exp of a difference of mean NLLs."""
-    mine = [[x for row in r.nll for x in row] for r in lane.results]
-    theirs = [[x for row in r.nll for x in row] for r in base.results]
-    if len(mine) < 2 or len(mine) != len(theirs):
-        return Ratio(lane=lane.index, name="perplexity", value=value, n=len(mine))
-    low, high = paired_ratio_of_exp_means(mine, theirs)
-    return Ratio(lane=lane.index, name="perplexity", value=value, low=low, high=high, n=len(mine))
+    mine, theirs = ([fmean(x for row in r.nll for x in row) for r in one.results] for one in (lane, base))
+    interval = paired_bootstrap(mine, theirs)
+    low, high = (None if x is None else exp(x) for x in (interval.low, interval.high))
+    return Ratio(lane=lane.index, name="perplexity", value=value, low=low, high=high, n=interval.n)

@@ -1,0 +1,32 @@
+"""How loading talks to people: progress callbacks instead of the library's bars, one line instead of its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+Progress = Callable[[str, float | None, str], None]
+"""``progress(phase, done, text)``: phase is wait, download, unpack, convert, save or ready; done is 0..1 or None."""
+
+
+def silent(phase: str, done: float | None, text: str) -> None:
+    """A progress callback that shows nothing."""
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Switch off transformers' progress bars inside the block, if they were on."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message, short enough for our own sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
