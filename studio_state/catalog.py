@@ -58,6 +58,7 @@ class Card(BaseModel):
         not_neutral_because: reason, where there is no neutral setting.
         requires: importable modules or features it needs: ``cuda``, ``torchao``.
         alters_weights: it returns replacement modules.
+        max_batch: most items that may run together with it; None = any number.
         portability: plain words about running it elsewhere.
     """
 
@@ -81,6 +82,7 @@ class Card(BaseModel):
     not_neutral_because: str = ""
     requires: tuple[str, ...] = ()
     alters_weights: bool = False
+    max_batch: int | None = None
 
     def defaults(self) -> dict[str, Any]:
         """Default value of every knob."""

@@ -77,7 +77,7 @@ def schema_problems(values: Mapping[str, Any], schema: Mapping[str, Any], what: 
     for error in Draft202012Validator({**schema, "required": []}).iter_errors(known):
         name = str(error.path[0]) if error.path else ""
         found.append((name, f"{what}: {name} = {error.instance!r} is not allowed; allowed: {describe_range(props.get(name, {}))}"))
-    return found
+    return list(dict.fromkeys(found))  # a value may break several rules of one knob
 
 
 def describe_range(prop: Mapping[str, Any]) -> str:
@@ -93,6 +93,8 @@ def describe_range(prop: Mapping[str, Any]) -> str:
     kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "array": "a list"}.get(
         str(prop.get("type")), str(prop.get("type", "a value"))
     )
+    if "multipleOf" in prop:
+        kind += f" divisible by {prop['multipleOf']}"
     low, high = prop.get("minimum", prop.get("exclusiveMinimum")), prop.get("maximum", prop.get("exclusiveMaximum"))
     if low is not None and high is not None:
         return f"{kind} from {low} to {high}"
@@ -112,6 +114,7 @@ def pipeline_problems(
     unavailable: Mapping[str, str] | None = None,
     lane: int | None = None,
     chunked: bool = False,
+    batch: int = 1,
 ) -> list[Problem]:
     """All problems of one pipeline.
 
@@ -119,6 +122,7 @@ def pipeline_problems(
         model: None while the model is unknown; then family, traits and widths are not checked.
         unavailable: method id -> reason, from the worker's ``hello``.
         chunked: the experiment prefills in chunks, which spoils ``prefill.whole``.
+        batch: items that run together.
     """
     found: list[Problem] = []
     uses: list[tuple[int, list[Use]]] = []
@@ -148,6 +152,12 @@ def pipeline_problems(
                 add(message, knob, remove)
         if workload and card.workloads and workload not in card.workloads:
             add(f"{card.title} means nothing for workload {workload!r}; choose one of {', '.join(card.workloads)}", mend=remove)
+        if card.max_batch is not None and batch > card.max_batch:
+            add(
+                f"{card.title} runs at most {card.max_batch} item{'s' if card.max_batch > 1 else ''} at a time, but the batch is {batch}; "
+                f"set batch = {card.max_batch}",
+                mend=Mend(action="experiment", knob="batch", value=card.max_batch, label=f"Set batch to {card.max_batch}"),
+            )
         entries = card.uses(step.knobs)
         uses.append((i, entries))
         if chunked and any(u.resource == "prefill.whole" and u.mode == "needs" for u in entries):
@@ -234,6 +244,14 @@ def problems(
             found.append(Problem(message=f"workload {card.id} is for {', '.join(card.families)} models; {model.name} is of family {model.family}"))
     for lane, pipeline in enumerate(spec.lanes):
         found += pipeline_problems(
-            pipeline, catalog, model, spec.workload.id if card else None, spec.device, unavailable, lane, spec.chunk_size is not None
+            pipeline,
+            catalog,
+            model,
+            spec.workload.id if card else None,
+            spec.device,
+            unavailable,
+            lane,
+            spec.chunk_size is not None,
+            spec.batch,
         )
     return found

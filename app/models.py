@@ -1,0 +1,86 @@
+"""What is known of models without loading them: the zoo's own words, and what the worker found out."""
+
+from __future__ import annotations
+
+import threading
+
+from app.components.numbers import byte_quantity, digits
+from app.dispatch.base import Dispatch
+from studio_state import zoo
+from studio_state.events import ModelLoaded
+from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+
+LOOK_UP_S = 45.0
+
+
+class ModelBook:
+    """Model name -> what the worker said of it. Safe to use from any thread."""
+
+    def __init__(self, dispatch: Dispatch):
+        self._dispatch = dispatch
+        self._found: dict[str, ModelInfo] = {}
+        self._lock = threading.Lock()
+
+    def known(self, model: str) -> ModelInfo | None:
+        """What is known now: the worker's words, else the zoo's; None for a model never looked at."""
+        with self._lock:
+            found = self._found.get(model.strip())
+        return found or zoo_info(model)
+
+    def look_up(self, model: str, spec: ExperimentSpec | None) -> ModelLoaded:
+        """Ask the worker. Blocks while it answers.
+
+        Raises:
+            StudioError: it cannot be found, or the worker is busy.
+        """
+        answer = self._dispatch.inspect(model.strip(), spec, spec.device if spec else None, LOOK_UP_S)
+        self.learn(model, answer.info)
+        return answer
+
+    def learn(self, model: str, info: ModelInfo) -> None:
+        """Remember what a worker said."""
+        with self._lock:
+            self._found[model.strip()] = info
+
+
+def zoo_info(model: str) -> ModelInfo | None:
+    """The zoo's own words on a model: family and traits, no widths."""
+    entry = zoo.find(model.strip())
+    if entry is None:
+        return None
+    return ModelInfo(
+        name=entry.id, title=entry.title, family=entry.family, traits=entry.traits, licence=entry.licence,
+        source=entry.source.place(), stored_bytes=entry.stored_bytes, note=entry.note,
+    )  # fmt: skip
+
+
+def choices() -> list[tuple[str, str]]:
+    """(label, id) of the zoo's models."""
+    return [(f"{e.title} · {e.family}", e.id) for e in zoo.entries()]
+
+
+def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
+    """Facts of a model for the page; what is not known is empty."""
+    shape = f"{info.layers} layers, width {info.hidden}, {info.heads} heads ({info.kv_heads} for KV)" if info.layers else ""
+    return [
+        ("Family", ", ".join([info.family, *info.traits])),
+        ("Parameters", f"{digits(info.parameters / 1e6)} M" if info.parameters else ""),
+        ("Shape", shape),
+        ("Context", f"{info.context:,} tokens" if info.context else ""),
+        ("Licence", info.licence),
+        ("Source", info.source),
+    ]
+
+
+def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
+    """What the experiment is expected to need next to what is free."""
+    if estimate is None:
+        return []
+    parts = f"{byte_quantity(estimate.weight_bytes)} weights + {byte_quantity(estimate.kv_bytes)} KV + {byte_quantity(estimate.activation_bytes)} activations"
+    return [
+        ("Memory, estimated", f"{byte_quantity(estimate.total)} ({parts})"),
+        (
+            "Free on " + estimate.device,
+            str(byte_quantity(estimate.free_bytes)) + ("" if estimate.fits else ": the baseline does not fit"),
+        ),
+    ]

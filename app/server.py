@@ -1,0 +1,108 @@
+"""The web server of the studio: assembles the page, one line a view, and serves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr  # noqa: E402
+
+from app import api  # noqa: E402
+from app.components import page_assets  # noqa: E402
+from app.components.theme import theme  # noqa: E402
+from app.context import Context  # noqa: E402
+from app.dispatch.local import LocalDispatch  # noqa: E402
+from app.dispatch.runner import Settings  # noqa: E402
+from app.live import routes  # noqa: E402
+from app.views import studio  # noqa: E402
+from studio_state.catalog import Catalog  # noqa: E402
+from studio_state.paths import DataDir  # noqa: E402
+from studio_state.store import Store  # noqa: E402
+
+VIEWS = (studio,)
+MAX_THREADS = 200
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def build(context: Context) -> gr.Blocks:
+    """The page: one tab a view, and the public endpoints."""
+    with gr.Blocks(title="Pareto Studio", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("# Pareto Studio", elem_id="page-title")
+        with gr.Tabs():
+            for view in VIEWS:
+                with gr.Tab(view.TITLE):
+                    view.build(context)
+        api.build(context)
+    return page
+
+
+def launch(page: gr.Blocks, context: Context, host: str, port: int | None, auth: tuple[str, str] | None, block: bool) -> None:
+    """Open the port and serve the page.
+
+    Args:
+        port: None = the first free one from 7860 on.
+        block: stay here until Ctrl-C.
+    """
+    page.queue(max_size=256, default_concurrency_limit=8)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=False,
+        quiet=True,
+        show_error=True,
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=["api"],
+        max_threads=MAX_THREADS,
+        theme=theme(),
+        head=page_assets.head(),
+        css_paths=page_assets.css_paths(),
+        app_kwargs={"routes": routes(context.tokens, context.races)},
+        prevent_thread_lock=not block,
+    )
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+    data_dir: str | Path | None = None,
+    devices: Sequence[str] = ("cpu",),
+    *,
+    local_paths: bool | None = None,
+    settings: Settings | None = None,
+    catalog: Catalog | None = None,
+) -> None:
+    """Run the studio until Ctrl-C.
+
+    Args:
+        auth: user and password that every visitor needs.
+        data_dir: None = the default place.
+        devices: devices that experiments may run on; one worker each.
+        local_paths: whether visitors may open models and files by path; None = only if nobody else can reach the page.
+        settings: how workers are started.
+
+    Raises:
+        StoreError: the data directory cannot be used, or another studio has it.
+    """
+    data = DataDir.at(data_dir).open()
+    with Store(data) as store, LocalDispatch(data, devices, store, settings) as dispatch:
+        context = Context(
+            catalog=catalog or Catalog.load(),
+            dispatch=dispatch,
+            data=data,
+            devices=tuple(devices),
+            local_paths=host in LOCAL_HOSTS if local_paths is None else local_paths,
+            known=[row.id for row in store.experiments(limit=8)],
+        )
+        page = build(context)
+        dispatch.warm()
+        print(f"Pareto Studio: http://{host}:{port or 7860}", flush=True)
+        launch(page, context, host, port, auth, block=True)
