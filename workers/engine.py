@@ -19,12 +19,13 @@ from studio_state.events import (
     Event,
     Failed,
     Finished,
+    LaneFinished,
     ModelLoaded,
     Note,
     Phase,
     Started,
 )
-from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from studio_state.experiment import ExperimentSpec, MemoryEstimate
 from studio_state.problems import problems
 from workers import plan
 from workers.environment import environment, pick_device
@@ -65,12 +66,22 @@ def run(
     except StudioError as e:
         yield Failed(message=str(e), phase="setup", detail=traceback.format_exc())
     except MemoryError:
-        yield Failed(message="the machine ran out of memory; use a smaller model, batch or prompt", phase="run", detail=traceback.format_exc())
+        yield Failed(
+            message="the machine ran out of memory; use a smaller model, batch or prompt",
+            phase="run",
+            detail=traceback.format_exc(),
+        )
     except Exception as e:
-        yield Failed(message=f"the worker met an error it did not expect: {type(e).__name__}: {e}", phase="run", detail=traceback.format_exc())
+        yield Failed(
+            message=f"the worker met an error it did not expect: {type(e).__name__}: {e}",
+            phase="run",
+            detail=traceback.format_exc(),
+        )
 
 
-def _run(spec: ExperimentSpec, host: ModelHost, is_cancelled: Callable[[], bool], say: Callable[[Event], None]) -> Iterator[Event]:
+def _run(
+    spec: ExperimentSpec, host: ModelHost, is_cancelled: Callable[[], bool], say: Callable[[Event], None]
+) -> Iterator[Event]:
     device = pick_device(spec.device)
     host.use_threads(spec.threads)
     yield Started(environment=environment(device))
@@ -84,35 +95,75 @@ def _run(spec: ExperimentSpec, host: ModelHost, is_cancelled: Callable[[], bool]
     yield ModelLoaded(info=info, estimate=estimate, fits_baseline=fitting[0])
     if not any(fitting):
         raise StudioError(plan.too_large(info, estimate))
+
+    def ready(session: Session) -> Session:
+        session.is_cancelled, session.say = is_cancelled, Progress(say)
+        return session
+
     yield Phase(name="load", text=f"loading {info.name}")
-    session, load_seconds = host.open(spec, info, device, pipelines, fitting)
-    session.is_cancelled = is_cancelled
-    with session.closing():
-        yield from _race(spec, info, session, estimate, fitting, load_seconds)
+    if fitting[0]:
+        session, seconds = host.open(spec, info, device)
+        yield from _race(spec, ready(session), estimate, fitting, seconds)
+        return
+    for index, fits in enumerate(fitting):  # each lane is packed while it loads, and runs alone
+        if not fits:
+            yield LaneFinished(lane=index, status="unavailable", message=plan.lane_too_large(info, estimate, index))
+    for index in [i for i, fits in enumerate(fitting) if fits]:
+        session, seconds = host.open_compressed(spec, info, device, pipelines[index], Progress(say))
+        alone = [i == index for i in range(len(fitting))]
+        yield from _race(spec, ready(session), estimate, alone, seconds, together=False)
+        host.unload()
 
 
 def _race(
-    spec: ExperimentSpec, info: ModelInfo, session: Session, estimate: MemoryEstimate, fitting: list[bool], load_seconds: float
+    spec: ExperimentSpec,
+    session: Session,
+    estimate: MemoryEstimate,
+    running: list[bool],
+    load_seconds: float,
+    together: bool | None = None,
 ) -> Iterator[Event]:
+    """Lanes on one session.
+
+    Args:
+        running: which lanes take part; of the others is told elsewhere.
+        together: interleave the lanes; None = where they fit into memory at the same time.
+    """
     workload = make_workload(spec.workload)
-    items = workload.make_items(ItemContext(session.processor, spec.seed, info.context))
+    items = workload.make_items(ItemContext(session.processor, spec.seed, session.info.context))
     batches = list(batched(items, spec.batch))
     race = Race(session, workload, [Lane(i, p, session) for i, p in enumerate(spec.lanes)])
-    for lane, fits in zip(race.lanes, fitting, strict=True):
-        if not fits:
-            lane.give_up("unavailable", plan.lane_too_large(info, estimate, lane.index))
-            yield from lane.farewell()
-    yield from race.prepare(load_seconds)
-    if not plan.fit_together(estimate, race.live()):
-        yield Note(text="the lanes do not fit into memory together: they run one after the other, not interleaved", level="warning")
-        for lane in race.live():
-            race.only = lane.index
+    for lane, takes_part in zip(race.lanes, running, strict=True):
+        if not takes_part:
+            lane.give_up("unavailable", plan.lane_too_large(session.info, estimate, lane.index))
+            if running[0]:
+                yield from lane.farewell()
+    lanes = race.live()
+    if together is None:
+        together = plan.fit_together(estimate, lanes)
+        if not together:
+            yield Note(
+                text="the lanes do not fit into memory together: they run one after the other, not interleaved", level="warning"
+            )
+    for block in [lanes] if together else [[lane] for lane in lanes]:
+        with session.closing(), race.block(block, together):
+            yield from race.prepare(load_seconds)
             yield from race.run(batches)
-            lane.release()
-        race.only = None
-    else:
-        yield from race.run(batches)
-    yield from race.finish(batches)
+            yield from race.measure_memory(batches)
+    yield from race.finish()
+
+
+class Progress:
+    """Progress of a long build as events, at most five a second."""
+
+    def __init__(self, say: Callable[[Event], None]):
+        self.say, self.last = say, 0.0
+
+    def __call__(self, text: str, done: float | None) -> None:
+        """Tell it, or leave it out if the last one was told just now."""
+        if time.monotonic() - self.last >= 0.2:
+            self.last = time.monotonic()
+            self.say(Phase(name="build", done=done, text=text))
 
 
 def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
@@ -125,4 +176,3 @@ def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
         run.append(item)
     if run:
         yield run
-

@@ -16,9 +16,11 @@ from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.families.base import Family
 from workers.families.llm import LanguageFamily
 from workers.mechanisms.attention import NAME as ATTENTION
+from workers.mechanisms.linear import Places
 from workers.methods import Policy, discover
 from workers.models.info import model_info
-from workers.models.load import load_llm, torch_dtype
+from workers.models.lazy_load import load_compressed
+from workers.models.load import load_llm, load_tokenizer, torch_dtype
 from workers.models.resolve import Resolved, resolve
 from workers.session import Session
 
@@ -58,36 +60,52 @@ class ModelHost:
         )
         return model_info(self.resolved)
 
-    def open(
-        self,
-        spec: ExperimentSpec,
-        info: ModelInfo,
-        device: torch.device,
-        lanes: Sequence[Sequence[Policy]],
-        fitting: Sequence[bool],
-    ) -> tuple[Session, float]:
+    def open(self, spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> tuple[Session, float]:
         """A session on the model, and the seconds that loading took (0 = it was warm).
 
-        Args:
-            lanes: policies of every lane; where the baseline does not fit, the first lane that
-                does is packed while loading.
+        Raises:
+            Unavailable: a family that cannot be run yet.
+            ModelError: the weights cannot be loaded.
         """
-        if info.family not in FAMILIES:
-            raise Unavailable(f"models of family {info.family} cannot be run yet; allowed: {', '.join(FAMILIES)}")
-        resolved = self.resolved
-        if resolved is None:
-            raise RuntimeError("inspect() comes before open()")
-        dtype = torch_dtype(spec.dtype, info.dtype, str(device))
-        key = (str(resolved.path), resolved.gguf_file, resolved.revision, dtype, str(device), fitting[0])
+        resolved, dtype = self._found(), torch_dtype(spec.dtype, info.dtype, str(device))
+        key = (str(resolved.path), resolved.gguf_file, resolved.revision, dtype, str(device))
         start, seconds = time.perf_counter(), 0.0
-        if key != self.key:
+        if key != self.key or self.loaded is None:
             self.unload()
+            _family(info)
             self.loaded = load_llm(resolved, dtype, str(device), ATTENTION)
             self.key, seconds = key, time.perf_counter() - start
-        model, processor = self.loaded  # type: ignore[misc]
-        family: Family = FAMILIES[info.family]()
-        session = Session(spec=spec, info=info, family=family, model=model, processor=processor, device=device, dtype=dtype)
-        return session, seconds
+        return self._session(spec, info, device, dtype, *self.loaded), seconds
+
+    def open_compressed(
+        self, spec: ExperimentSpec, info: ModelInfo, device: torch.device, policies: Sequence[Policy], progress: Progress
+    ) -> tuple[Session, float]:
+        """A session on a model whose weights the lane's policies replaced while it was loading.
+
+        Raises:
+            Unavailable: a family that cannot be run yet.
+            ModelError: the weights cannot be loaded tensor by tensor.
+        """
+        resolved, dtype = self._found(), torch_dtype(spec.dtype, info.dtype, str(device))
+        self.unload()
+        start = time.perf_counter()
+        altering = [p for p in policies if hasattr(p, "replacement")]
+        model, places = load_compressed(
+            resolved, altering, _family(info), dtype, device, ATTENTION, lambda phase, done, text: progress(text or phase, done)
+        )
+        session = self._session(spec, info, device, dtype, model, load_tokenizer(resolved))
+        session.built[Places] = places
+        return session, time.perf_counter() - start
+
+    def _found(self) -> Resolved:
+        if self.resolved is None:
+            raise RuntimeError("inspect() comes before open()")
+        return self.resolved
+
+    def _session(
+        self, spec: ExperimentSpec, info: ModelInfo, device: torch.device, dtype: torch.dtype, model: Any, processor: Any
+    ) -> Session:
+        return Session(spec=spec, info=info, family=_family(info), model=model, processor=processor, device=device, dtype=dtype)
 
     def unload(self) -> None:
         """Let the model go and give its memory back."""
@@ -97,6 +115,13 @@ class ModelHost:
             torch.cuda.empty_cache()
 
 
+def _family(info: ModelInfo) -> Family:
+    if info.family not in FAMILIES:
+        raise Unavailable(f"models of family {info.family} cannot be run yet; allowed: {', '.join(FAMILIES)}")
+    family: Family = FAMILIES[info.family]()
+    return family
+
+
 def missing(requirement: str) -> str:
     """Why a requirement of a card is not met here; empty if it is."""
     if requirement == "cuda":
@@ -104,4 +129,4 @@ def missing(requirement: str) -> str:
     if requirement.startswith("cpu:"):
         engine = requirement.removeprefix("cpu:")
         return "" if engine in torch.backends.quantized.supported_engines else f"this CPU build of torch has no {engine} engine"
-        return "" if find_spec(requirement) else f"the package {requirement} is not installed"
+    return "" if find_spec(requirement) else f"the package {requirement} is not installed"

@@ -45,7 +45,9 @@ def run_isolated(spec: ExperimentSpec, is_cancelled: Callable[[], bool]) -> Iter
 
 
 def _child(spec: ExperimentSpec, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
-    process = subprocess.Popen([sys.executable, "-m", "workers", "run", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "workers", "run", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     if process.stdin is None or process.stdout is None:
         raise WorkerLost("the isolated worker could not be started")
     done = threading.Event()

@@ -84,7 +84,11 @@ class Lane:
     def farewell(self) -> Iterator[Event]:
         """The lane's last event."""
         yield LaneFinished(
-            lane=self.index, status=self.status or "finished", flags=self.flags, message=self.message, interleaved=self.interleaved
+            lane=self.index,
+            status=self.status or "finished",
+            flags=self.flags,
+            message=self.message,
+            interleaved=self.interleaved,
         )
 
     def check_effect(self) -> None:

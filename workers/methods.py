@@ -79,7 +79,9 @@ class Policy(Declared):
     def describe(cls) -> Card:
         """The card completed with summary, docstring and knob schema from the class."""
         doc = (cls.__doc__ or "").strip()
-        return cls.card.model_copy(update={"summary": cls.card.summary or cls.summary_line(), "doc": doc, "knobs": cls.knob_schema()})
+        return cls.card.model_copy(
+            update={"summary": cls.card.summary or cls.summary_line(), "doc": doc, "knobs": cls.knob_schema()}
+        )
 
 
 def classes_in(package: str, base: type) -> list[type]:

@@ -47,7 +47,11 @@ def lane_fits(estimate: MemoryEstimate, policies: Sequence[Policy]) -> bool:
 
 def fit_together(estimate: MemoryEstimate, lanes: Sequence[Lane]) -> bool:
     """True if the base weights and every lane's own replacements fit at the same time."""
-    extra = sum(estimate.weight_bytes * prod(p.weight_factor() for p in lane.policies) for lane in lanes if any(p.card.alters_weights for p in lane.policies))
+    extra = sum(
+        estimate.weight_bytes * prod(p.weight_factor() for p in lane.policies)
+        for lane in lanes
+        if any(p.card.alters_weights for p in lane.policies)
+    )
     return estimate.total + extra <= estimate.free_bytes
 
 

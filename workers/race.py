@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +13,7 @@ from studio_state.errors import StudioError, WorkloadError
 from studio_state.events import Event, ItemStarted, Kept, LaneStarted, Note, Output, Phase, Tokens
 from workers.families.base import RunTrace, StepResult
 from workers.lanes import Lane, live
-from workers.mechanisms.linear import weight_bytes
+from workers.mechanisms.linear import weight_metrics
 from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import summarize
@@ -30,30 +31,43 @@ class Race:
     """The lanes of one experiment.
 
     Attributes:
-        only: index of the single lane that runs now, where lanes cannot be interleaved.
+        current: lanes of the running block; all of them, where they fit into memory together.
+        references: what the baseline made of each batch, while other lanes still need it.
     """
 
     def __init__(self, session: Session, workload: Workload, lanes: list[Lane]):
         self.session, self.workload, self.lanes = session, workload, lanes
-        self.only: int | None = None
+        self.current = lanes
         self.shown: set[str] = set()
         self.references: dict[str, RunTrace] = {}
 
     def live(self) -> list[Lane]:
-        """Lanes that still run (the one lane that may run now, if there is only one)."""
-        return [lane for lane in live(self.lanes) if self.only in (None, lane.index)]
+        """Lanes of the running block that still run."""
+        return live(self.current)
+
+    @contextmanager
+    def block(self, lanes: list[Lane], interleaved: bool) -> Iterator[None]:
+        """Run only these lanes for a while."""
+        for lane in lanes:
+            lane.interleaved = interleaved
+        self.current = lanes
+        try:
+            yield
+        finally:
+            self.current = self.lanes
 
     # -- before ----------------------------------------------------------------------------
     def prepare(self, load_seconds: float) -> Iterator[Event]:
         """Build what the lanes need and warm them up."""
         for lane in self.live():
-            yield LaneStarted(lane=lane.index, order=lane.order)
+            yield LaneStarted(lane=lane.index, order=lane.order, interleaved=lane.interleaved)
             yield Phase(name="build", lane=lane.index)
             start = self.session.clock()
             try:
                 with lane.attached(prepare=True):
                     built = self.session.clock() - start
-                    yield lane.whole("weight_bytes", weight_bytes(self.session))
+                    for name, value in weight_metrics(self.session).items():
+                        yield lane.whole(name, value)
             except Cancelled:
                 raise
             except Exception as e:
@@ -190,7 +204,7 @@ class Race:
         for trace in traces.values():
             if trace is not reference:
                 trace.logits = []
-        if self.only is None:
+        if len(traces) == len(live(self.lanes)):  # no other block will ask for it
             self.references.pop(key, None)
 
     def _followed(self, lane: Lane, batch: list[Item], reference: RunTrace, own: RunTrace) -> RunTrace:
@@ -200,8 +214,8 @@ class Race:
         return trace
 
     # -- after -----------------------------------------------------------------------------
-    def finish(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
-        """The memory pass, the summaries, the ratios."""
+    def measure_memory(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
+        """The untimed memory pass of every lane, on the longest batch."""
         longest = max(batches, key=lambda b: max(len(i.prompt) + 4 * len(i.prompt_ids) for i in b))
         for lane in self.live():
             yield Phase(name="memory", lane=lane.index)
@@ -215,6 +229,9 @@ class Race:
             yield lane.whole("peak_activation_bytes", float(peak))
             yield lane.whole("peak_memory_bytes", peak + lane.given["weight_bytes"])
             lane.check_effect()
+
+    def finish(self) -> Iterator[Event]:
+        """The summaries, the ratios, the farewells."""
         yield from summarize(self.lanes, self.workload, self.session.spec.reference)
         for lane in live(self.lanes):
             lane.status = "finished"
@@ -265,7 +282,11 @@ class Teller:
         self.elapsed += step.seconds
         for row, ids in enumerate(step.new[: len(self.batch)]):
             old_ids, text, at = self.waiting[row]
-            self.waiting[row] = (old_ids + ids, text + (step.text[row] if row < len(step.text) else ""), at + [self.elapsed] * len(ids))
+            self.waiting[row] = (
+                old_ids + ids,
+                text + (step.text[row] if row < len(step.text) else ""),
+                at + [self.elapsed] * len(ids),
+            )
         if time.perf_counter() - self.told >= FLUSH_SECONDS:
             yield from self.rest()
 
@@ -293,7 +314,8 @@ def kept_event(lane: int, item: str, layers: list[list[float]]) -> Kept:
     """The eviction map of one item, small enough to send."""
     share = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
     return Kept(
-        lane=lane, item=item, share=[round(s, 4) for s in share], layers=["".join(str(round(9 * x)) for x in layer) for layer in layers]
+        lane=lane,
+        item=item,
+        share=[round(s, 4) for s in share],
+        layers=["".join(str(round(9 * x)) for x in layer) for layer in layers],
     )
-
-

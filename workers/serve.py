@@ -54,6 +54,7 @@ class Server:
         self.host = ModelHost()
         self.requests: queue.Queue[dict[str, Any]] = queue.Queue()
         self.cancelled: set[str] = set()
+        self.closed = False
 
     def loop(self, lines: Iterable[str]) -> None:
         """Say hello, then serve until stdin closes or a shutdown arrives."""
@@ -81,6 +82,7 @@ class Server:
                 self.cancelled.add(str(request.get("experiment")))
             else:
                 self.requests.put(request)
+        self.closed = True  # nobody listens any more: what runs is cancelled between steps
         self.requests.put({"op": "shutdown"})
 
     def _serve(self, request: dict[str, Any]) -> None:
@@ -101,7 +103,7 @@ class Server:
         except ValidationError as e:
             writer.write(Failed(message=f"this is not an experiment: {e.errors()[0]['msg']}", phase="check"))
             return
-        for event in engine.run(spec, self.host, lambda: experiment in self.cancelled, writer.write):
+        for event in engine.run(spec, self.host, lambda: self.closed or experiment in self.cancelled, writer.write):
             writer.write(event)
         self.cancelled.discard(experiment)
 
@@ -117,7 +119,13 @@ class Server:
         except (StudioError, ValidationError) as e:
             writer.write(Failed(message=str(e), phase="inspect"))
         except Exception as e:
-            writer.write(Failed(message=f"this model cannot be inspected: {type(e).__name__}: {e}", phase="inspect", detail=traceback.format_exc()))
+            writer.write(
+                Failed(
+                    message=f"this model cannot be inspected: {type(e).__name__}: {e}",
+                    phase="inspect",
+                    detail=traceback.format_exc(),
+                )
+            )
 
 
 def run_once(spec: str, experiment: str, out: IO[str]) -> int:

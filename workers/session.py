@@ -48,6 +48,7 @@ class Session:
         built: what alters_weights policies built, by key; lives as long as the experiment.
         acted: policy id -> how much it did in this lane.
         counts: metric name -> value of the running item.
+        say: tells progress inside a long build: (text, share done or None).
     """
 
     spec: ExperimentSpec
@@ -69,6 +70,7 @@ class Session:
     acted: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     is_cancelled: Callable[[], bool] = lambda: False
+    say: Callable[[str, float | None], None] = lambda text, done: None
 
     def check_cancelled(self) -> None:
         """Raise between steps if the person asked to stop.

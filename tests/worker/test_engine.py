@@ -194,3 +194,29 @@ def test_cancel_stops_between_steps(host: ModelHost, tiny_llama: Path) -> None:
 def test_a_prompt_over_the_context_is_refused_in_one_sentence(host: ModelHost, tiny_llama: Path) -> None:
     events = race(host, tiny_llama, options={"text": "word " * 5000})
     assert isinstance(events[-1], Failed) and "context" in events[-1].message and "\n" not in events[-1].message
+
+
+def test_a_model_that_fits_only_compressed_still_runs(host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = race(host, tiny_llama, "rtn:bits=8", options={"text": TEXT, "items": 1})
+    estimate = of(whole, ModelLoaded)[0].estimate
+    monkeypatch.setenv("PARETO_STUDIO_MEMORY_LIMIT", str(estimate.total - estimate.weight_bytes // 4))
+    events = race(host, tiny_llama, "rtn:bits=8", "magnitude", options={"text": TEXT, "items": 1})
+    status = {e.lane: e for e in of(events, LaneFinished)}
+    assert [status[i].status for i in range(3)] == ["unavailable", "finished", "unavailable"]
+    assert status[0].message.startswith("no baseline on this device") and not status[1].interleaved
+    assert not of(events, Ratio)
+    assert of(events, Output, lane=1)[0].data["token_ids"] == of(whole, Output, lane=1)[0].data["token_ids"]
+    assert value(events, 1, "weight_bytes") == value(whole, 1, "weight_bytes") < value(whole, 0, "weight_bytes")
+
+
+def test_lanes_that_do_not_fit_together_run_in_blocks(host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = race(host, tiny_llama, "rtn:bits=8", "knorm")
+    estimate = of(together, ModelLoaded)[0].estimate
+    monkeypatch.setenv("PARETO_STUDIO_MEMORY_LIMIT", str(estimate.total + estimate.weight_bytes // 4))
+    blocks = race(host, tiny_llama, "rtn:bits=8", "knorm")
+    assert [e.interleaved for e in of(together, LaneFinished)] == [True, True, True]
+    assert [e.interleaved for e in of(blocks, LaneFinished)] == [False, False, False]
+    for lane in range(3):
+        for name in ("kl_to_baseline", "same_output", "weight_bytes", "kv_bytes"):
+            assert value(blocks, lane, name) == pytest.approx(value(together, lane, name), abs=1e-6)
+    assert all(e.low is None for e in of(blocks, Ratio, name="decode_tokens_per_s"))

@@ -156,7 +156,9 @@ class LanguageFamily:
         trace = RunTrace(items=items, results=[ItemResult(item=i) for i in items])
         for item in items:
             prompt, ids = encode_item(session, item)
-            new = max((len(c) for c in item.continuation_ids), default=self._new_tokens(session, item) if item.task == "generate" else 0)
+            new = max(
+                (len(c) for c in item.continuation_ids), default=self._new_tokens(session, item) if item.task == "generate" else 0
+            )
             if session.info.context and len(ids) + new > session.info.context:
                 raise WorkloadError(
                     f"item {item.id}: {len(ids)} prompt tokens and {new} new ones exceed the context of "
@@ -192,7 +194,9 @@ class LanguageFamily:
         pad = session.processor.pad_token_id
         return make_batch([r.prompt_ids for r in trace.results], pad if pad is not None else 0, session.device)
 
-    def _note_prefill(self, trace: RunTrace, session: Session, state: State, batch: Batch, seconds: float, new: list[list[int]] | None = None) -> None:
+    def _note_prefill(
+        self, trace: RunTrace, session: Session, state: State, batch: Batch, seconds: float, new: list[list[int]] | None = None
+    ) -> None:
         trace.steps.append(StepResult("prefill", seconds, new or [], [""] * len(trace.items)))
         trace.counts["prefill_kv_bytes"] = float(state.cache.nbytes())
         trace.counts["kept_prompt_tokens"] = state.cache.stored()
@@ -205,13 +209,15 @@ class LanguageFamily:
         streams = [Streamer(session.processor) for _ in trace.items]
         done = [False] * len(trace.items)
         first = sampler.draw(state.logits)
-        for hook in session.before_decode:
-            hook(state.cache, limit)
         seconds = session.clock() - start
         batch = self._batch(session, trace)
         new = [[int(t)] for t in first]
         self._note_prefill(trace, session, state, batch, seconds, new)
         step = trace.steps[0]
+        start = session.clock()
+        for hook in session.before_decode:  # after the count: room that they reserve is not of the prefill
+            hook(state.cache, limit)
+        step.seconds += session.clock() - start
         decoder = (session.decoder or one_token_a_step)(session, Generation(self, trace, state, sampler, first, limit))
         while True:
             step.new = [self._accept(trace, row, ids, stop, done, limit) for row, ids in enumerate(step.new)]
@@ -243,7 +249,9 @@ class LanguageFamily:
         several = len(item.continuation_ids) > 1
         for ids in item.continuation_ids:
             start = session.clock()
-            branch = State(state.cache.clone(), state.next_position, state.logits, state.lengths, state.padded) if several else state
+            branch = (
+                State(state.cache.clone(), state.next_position, state.logits, state.lengths, state.padded) if several else state
+            )
             logprobs = self.force(session, branch, list(ids))
             nll = -logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0]
             result.nll.append(nll.tolist())
@@ -312,7 +320,10 @@ def end_tokens(session: Session) -> set[int]:
 def distance(reference: Tensor, lane: Tensor) -> dict[str, float]:
     """Mean KL(reference || lane) in nats and share of equal arg-max, of log-probabilities [n, V]."""
     kl = (reference.exp() * (reference - lane)).sum(-1).mean()
-    return {"kl_to_baseline": max(0.0, float(kl)), "top1_agreement": float((reference.argmax(-1) == lane.argmax(-1)).float().mean())}
+    return {
+        "kl_to_baseline": max(0.0, float(kl)),
+        "top1_agreement": float((reference.argmax(-1) == lane.argmax(-1)).float().mean()),
+    }
 
 
 def kept_shares(cache: StudioCache, batch: Batch) -> list[list[list[float]]]:

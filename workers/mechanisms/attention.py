@@ -193,7 +193,13 @@ def attend(
 
 
 def _group_attention(
-    forward: Forward, group: HeadGroup, positions: Tensor, query: Tensor, scaling: float, window: int | None, softcap: float | None
+    forward: Forward,
+    group: HeadGroup,
+    positions: Tensor,
+    query: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of one head group: query [B, Hq, T, D] -> [B, Hq, T, D]."""
     keys, values = group.store.read()
@@ -203,12 +209,10 @@ def _group_attention(
     if window is not None and gapless and s <= window:
         window = None
     unmasked = t == 1 and window is None and (gapless or not group.padded)
-    causal = gapless and s == t and window is None
-    if forward.kernel == "sdpa" and softcap is None and (unmasked or causal):
-        return F.scaled_dot_product_attention(
-            query, keys, values, is_causal=causal and t > 1, scale=scaling, enable_gqa=hq != h
-        )
-    packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows: keys need no copy
+    causal = gapless and s == t > 1 and window is None
+    if forward.kernel == "sdpa" and softcap is None and causal:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=hq != h)
+    packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows: keys are read once, not G times
     mask = None if unmasked else _mask(forward, group, positions, t, s, window, hq // h, query.device)
     if forward.kernel == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling).view(b, hq, t, -1)

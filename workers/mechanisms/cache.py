@@ -97,7 +97,11 @@ class FloatStore:
         self._length = total
 
     def _grow(self, keys: Tensor, values: Tensor, total: int) -> None:
-        old_k, old_v = (x[:, :, : self._length] for x in (self._keys, self._values)) if self._keys is not None else (keys[:, :, :0], values[:, :, :0])
+        old_k, old_v = (
+            (x[:, :, : self._length] for x in (self._keys, self._values))
+            if self._keys is not None
+            else (keys[:, :, :0], values[:, :, :0])
+        )
         if total >= self.capacity:
             self._keys, self._values = torch.cat((old_k, keys), 2), torch.cat((old_v, values), 2)
             return

@@ -98,7 +98,7 @@ class PackedKeys:
         ids = self._explicit().gather(2, index).long()
         needed = torch.zeros(self.scale.shape[:3], dtype=torch.bool, device=ids.device).scatter_(2, ids, True)
         most = int(needed.sum(2).max())
-        order = needed.to(torch.uint8).argsort(2, descending=True, stable=True)[:, :, :most]  # needed ones first, in order
+        order = needed.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :most]  # needed ones first, in order
         place = needed.cumsum(2) - 1
         return PackedKeys(
             gather_entries(self.codes, index),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.mechanisms.attention import AttentionCall, Forward, active_forward
+from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
 from workers.session import Session
 
@@ -27,25 +27,29 @@ Select = Callable[[AttentionCall], Tensor | None]
 def narrowing(session: Session, policy: str, after: int, select: Select) -> Iterator[None]:
     """Let ``select`` choose, in layer ``after`` of a whole-prompt prefill, which tokens go on behind it.
 
+    The layers are hooked from the choice to the end of the prefill only, so decode steps never notice.
+
     Args:
         after: index of the layer whose attention call is handed to ``select``; it still runs on all tokens.
         select: attention call -> indices [B, n] into the prompt tokens, ascending; None = all.
     """
+    layers = [session.model.get_submodule(n) for n in session.family.parts(session.model)["layers"]]
 
     def observe(call: AttentionCall) -> None:
         if call.layer != after or call.forward.phase != "prefill":
             return
         index = select(call)
-        if index is not None:
-            call.forward.narrowed.append((after + 1, index))
-            session.did(policy, call.query.shape[2] - index.shape[1])
+        if index is None:
+            return
+        call.forward.narrowed.append((after + 1, index))
+        session.did(policy, call.query.shape[2] - index.shape[1])
+        for number, layer in enumerate(layers[after + 1 :], after + 1):
+            hooks.callback(layer.register_forward_pre_hook(_narrow(index, first=number == after + 1), with_kwargs=True).remove)
 
-    names = session.family.parts(session.model)["layers"]
-    layers = [session.model.get_submodule(n) for n in names]
-    with session.hooked(session.observers, observe), ExitStack() as hooks:
-        hooks.callback(layers[after].register_forward_hook(_narrow_output(after + 1)).remove)
-        for layer in layers[after + 1 :]:
-            hooks.callback(layer.register_forward_pre_hook(_narrow_arguments, with_kwargs=True).remove)
+    def unhook(cache: StudioCache, forward: Forward) -> None:
+        hooks.close()
+
+    with ExitStack() as hooks, session.hooked(session.observers, observe), session.hooked(session.after_prefill, unhook):
         yield
 
 
@@ -70,43 +74,29 @@ def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
         scores: [B, L], higher = keep.
         real: [B, L], False for padding; each row pads at least as much as it lacks against the longest count.
     """
-    ranked = scores.masked_fill(~real, float("-inf")).argsort(-1, descending=True, stable=True)
+    ranked = scores.masked_fill(~real, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(-1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
     chosen = real & (rank < counts[:, None])
     preference = chosen.int() * 2 + (~real).int()  # chosen, then padding, then what is dropped
-    return preference.argsort(-1, descending=True, stable=True)[:, : int(counts.max())].sort(-1).values
+    return preference.argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())].sort(-1).values
 
 
-def _narrow_output(first: int) -> Callable[..., Any]:
-    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
-        index = _index_for(first)
-        if index is None:
-            return None
-        if isinstance(output, tuple):
-            return (_rows(output[0], index), *output[1:])
-        return _rows(output, index)
+def _narrow(index: Tensor, first: bool) -> Callable[..., Any]:
+    """A hook that hands a decoder layer the chosen tokens' rotary embeddings and positions, the first also their states."""
 
-    return narrow
-
-
-def _narrow_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Rotary embeddings and positions of the tokens that travel; the hidden states are narrowed already."""
-    forward = active_forward()
-    if forward is None or not forward.narrowed:
-        return None
-    changed = dict(kwargs)
-    for _, index in forward.narrowed:
+    def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        changed = dict(kwargs)
         if changed.get("position_embeddings") is not None:
             changed["position_embeddings"] = tuple(_rows(x, index) for x in changed["position_embeddings"])
         if changed.get("position_ids") is not None:
             changed["position_ids"] = _rows(changed["position_ids"], index)
-    return args, changed
+        if first and args:
+            args = (_rows(args[0], index), *args[1:])
+        elif first:
+            changed["hidden_states"] = _rows(changed["hidden_states"], index)
+        return args, changed
 
-
-def _index_for(first: int) -> Tensor | None:
-    forward = active_forward()
-    found = [index for layer, index in forward.narrowed if layer == first] if forward is not None else []
-    return found[0] if found else None
+    return narrow
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import exp
+from math import exp, isfinite
 from statistics import fmean, median
 
 from studio_state.events import Event, Metric, Ratio
@@ -46,6 +46,8 @@ def _ratios(lane: Lane, base: Lane) -> Iterator[Event]:
         mine, theirs = lane.samples.get(name, {}), base.samples.get(name, {})
         pairs = [(mine[k], theirs[k]) for k in theirs if k in mine]
         value = lane.given[name] / base.given[name]
+        if not isfinite(value):
+            continue
         if name == "perplexity":
             yield _perplexity_ratio(lane, base, value)
         elif info.group == "speed" and len(pairs) > 1 and interleaved and all(b > 0 for _, b in pairs):
@@ -54,7 +56,9 @@ def _ratios(lane: Lane, base: Lane) -> Iterator[Event]:
         else:
             yield Ratio(lane=lane.index, name=name, value=value, n=max(1, len(pairs)))
     paired = [
-        (a.correct, b.correct) for a, b in zip(lane.grades, base.grades, strict=False) if a.correct is not None and b.correct is not None
+        (a.correct, b.correct)
+        for a, b in zip(lane.grades, base.grades, strict=False)
+        if a.correct is not None and b.correct is not None
     ]
     if paired:
         test = mcnemar([a for a, _ in paired], [b for _, b in paired])

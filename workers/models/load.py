@@ -58,7 +58,7 @@ def load_llm(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn_i
     with quiet_library():
         try:
             model = _weights(resolved, dtype, attn_implementation).to(device)
-            tokenizer = _tokenizer(resolved)
+            tokenizer = load_tokenizer(resolved)
         except torch.OutOfMemoryError as e:
             raise ModelError(
                 f"{resolved.name} does not fit into the memory of {device}; choose a smaller model or dtype, or another device"
@@ -96,7 +96,12 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
             )
 
 
-def _tokenizer(resolved: Resolved) -> Any:
+def load_tokenizer(resolved: Resolved) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
     if resolved.gguf_file:
         tokenizer = gguf_file.load_tokenizer(resolved.path / resolved.gguf_file)
     else:

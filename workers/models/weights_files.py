@@ -39,7 +39,7 @@ def read_folder(name: str, folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weights, only pickles, a missing shard, a truncated or damaged file.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _files(name, folder):
+    for file in files(name, folder):
         tensors.update(read_header(file))
     return tensors
 
@@ -78,7 +78,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _files(name: str, folder: Path) -> list[Path]:
+def files(name: str, folder: Path) -> list[Path]:
+    """The safetensors files from which transformers would load this folder.
+
+    Raises:
+        ModelError: no weights, only pickles, or a missing shard.
+    """
     index = folder / _INDEX
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]

@@ -21,7 +21,7 @@ from workers.session import Session
 class PromptDistill(Policy):
     """Let only the prompt tokens that the last one asks for travel through the later layers.
 
-    PromptDistill 2025, published 29 March, section 3: the first layers read the whole prompt; then the raw
+    Jin et al. 2025, arXiv:2503.23274: the first layers read the whole prompt; then the raw
     logits of the last token's query, averaged over heads and smoothed by pooling, choose the tokens whose
     hidden states go on, at their original positions. Deviations: one selection stage (the paper also tries
     several); number of tokens and of early layers are shares, so one setting fits every model.
@@ -30,7 +30,7 @@ class PromptDistill(Policy):
     card: ClassVar[Card] = card(
         id="promptdistill",
         title="PromptDistill",
-        paper="PromptDistill: Query-based Selective Token Retention in Intermediate Layers (2025)",
+        paper="arXiv:2503.23274",
         stage="tokens",
         families=("llm", "vlm"),
         owns=("tokens.prompt",),
@@ -58,8 +58,8 @@ class PromptDistill(Policy):
         return stack
 
     def selecting_layer(self, layers: int) -> int:
-        """Index of the last layer that reads the whole prompt."""
-        return min(layers, max(1, round(self.depth * layers))) - 1
+        """Index of the last layer that reads the whole prompt; at least one layer stays behind it."""
+        return max(1, min(layers - 1, round(self.depth * layers))) - 1
 
     def select(self, call: AttentionCall) -> Tensor | None:
         """Tokens that go on [B, n]: per row the best of its own length, and its last token."""
@@ -77,7 +77,7 @@ class PromptDistill(Policy):
     def scores(self, call: AttentionCall) -> Tensor:
         """Raw logits of the last token's query [B, L], mean over heads."""
         query, keys = call.query[:, :, -1].float(), call.keys.float()  # [B, Hq, D], [B, H, L, D]
-        b, h, length, d = keys.shape
+        b, h, _, d = keys.shape
         logits = query.view(b, h, -1, d) @ keys.transpose(2, 3) * call.scaling
         return logits.flatten(1, 2).mean(1)
 

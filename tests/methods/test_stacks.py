@@ -1,0 +1,137 @@
+"""The resource table: stacks that make sense and stacks that do not, listed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from studio_state.catalog import STAGES
+from studio_state.pipeline import parse_pipeline
+from studio_state.problems import pipeline_problems
+from workers.methods import catalogue, discover, effective
+
+CATALOG = catalogue()
+KNOWN = set(discover())
+
+LEGAL = (
+    "baseline",
+    "rtn",
+    "rtn:bits=4",
+    "magnitude+rtn",
+    "magnitude+rtn:bits=4",
+    "magnitude+dynamic-int8",
+    "magnitude+snapkv",
+    "rtn+snapkv",
+    "rtn+snapkv+kivi+lean-decode",
+    "rtn:bits=4+kivi:bits=2+lean-decode",
+    "dynamic-int8+streamingllm",
+    "dynamic-int8+lean-decode",
+    "snapkv+kivi",
+    "streamingllm+kivi",
+    "knorm+kivi",
+    "h2o+kivi",
+    "snapkv+lean-decode",
+    "h2o+lean-decode",
+    "streamingllm+lean-decode",
+    "kivi+lean-decode",
+    "prompt-lookup",
+    "prompt-lookup+lean-decode",
+    "rtn+prompt-lookup",
+    "rtn:bits=4+prompt-lookup+lean-decode",
+    "magnitude+rtn+prompt-lookup+lean-decode",
+    "promptdistill+snapkv",
+    "promptdistill+h2o",
+    "promptdistill+kivi",
+    "promptdistill:truncate=true+kivi",
+    "promptdistill+prompt-lookup",
+    "promptdistill:truncate=true+prompt-lookup",
+    "promptdistill+snapkv+kivi+lean-decode",
+    "magnitude+rtn+promptdistill+knorm+kivi+lean-decode",
+    "lean-decode+kivi+snapkv+rtn",  # written in any order
+)
+
+ILLEGAL = {
+    # two deciders of one thing
+    "snapkv+h2o": "kv.length",
+    "snapkv+streamingllm": "kv.length",
+    "snapkv+knorm": "kv.length",
+    "h2o+streamingllm": "kv.length",
+    "h2o+knorm": "kv.length",
+    "knorm+streamingllm": "kv.length",
+    "rtn+snapkv+kivi+h2o": "kv.length",
+    "promptdistill:truncate=true+snapkv": "kv.length",
+    "promptdistill:truncate=true+h2o": "kv.length",
+    "promptdistill:truncate=true+knorm": "kv.length",
+    "promptdistill:truncate=true+streamingllm": "kv.length",
+    "rtn+dynamic-int8": "weights.format",
+    "rtn:bits=4+dynamic-int8": "weights.format",
+    "magnitude+rtn+dynamic-int8+lean-decode": "weights.format",
+    # the same twice
+    "snapkv+snapkv": "twice",
+    "snapkv:keep=0.5+kivi+snapkv:keep=0.25": "twice",
+    "kivi:bits=2+kivi:bits=4": "twice",
+    "rtn:bits=8+rtn:bits=4": "twice",
+    "lean-decode+lean-decode": "twice",
+    "promptdistill+promptdistill": "twice",
+    "prompt-lookup+prompt-lookup": "twice",
+    # drafts must be taken back, an evicted or packed cache cannot
+    "snapkv+prompt-lookup": "kv.rollback",
+    "h2o+prompt-lookup": "kv.rollback",
+    "knorm+prompt-lookup": "kv.rollback",
+    "streamingllm+prompt-lookup": "kv.rollback",
+    "kivi+prompt-lookup": "kv.rollback",
+    "prompt-lookup+kivi": "kv.rollback",
+    "rtn+snapkv+prompt-lookup+lean-decode": "kv.rollback",
+    # unknown things
+    "snapkw": "did you mean 'snapkv'",
+    "snapkv:kep=0.5": "did you mean 'keep'",
+    "snapkv:keep=2": "a number from 0.01 to 1.0",
+    "kivi:bits=3": "2, 4, 8",
+    "kivi:group_size=12": "divisible by 8",
+}
+
+
+def messages(text: str, **more: object) -> list[str]:
+    return [p.message for p in pipeline_problems(parse_pipeline(text), CATALOG, **more)]  # type: ignore[arg-type]
+
+
+def test_the_lists_are_long_enough_and_cover_every_policy() -> None:
+    assert len(LEGAL) >= 25
+    assert len(ILLEGAL) >= 25
+    used = {s.policy for text in LEGAL for s in parse_pipeline(text).steps}
+    assert {"rtn", "dynamic-int8", "magnitude", "snapkv", "kivi", "lean-decode", "prompt-lookup", "promptdistill"} <= used <= KNOWN
+
+
+@pytest.mark.parametrize("text", LEGAL)
+def test_legal(text: str) -> None:
+    assert messages(text) == []
+    stages = [STAGES.index(p.card.stage or "") for p in effective(parse_pipeline(text))]
+    assert stages == sorted(stages)
+
+
+@pytest.mark.parametrize(("text", "because"), ILLEGAL.items())
+def test_illegal(text: str, because: str) -> None:
+    found = messages(text)
+    assert any(because in m for m in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "because"),
+    [
+        ("promptdistill", {"chunked": True}, "whole prompt in one prefill"),
+        ("rtn+prompt-lookup", {"batch": 4}, "at most 1 item at a time, but the batch is 4"),
+        ("prompt-lookup", {"workload": "perplexity"}, "means nothing for workload 'perplexity'"),
+    ],
+)
+def test_illegal_in_this_experiment(text: str, more: dict[str, object], because: str) -> None:
+    assert messages(text) == []
+    found = messages(text, **more)
+    assert len(found) == 1
+    assert because in found[0]
+
+
+def test_a_clash_names_both_and_offers_to_remove_one() -> None:
+    (problem,) = pipeline_problems(parse_pipeline("rtn+snapkv+h2o"), CATALOG)
+    assert "SnapKV" in problem.message
+    assert "H2O" in problem.message
+    assert problem.mend is not None
+    assert (problem.mend.action, problem.mend.step) == ("remove", 2)

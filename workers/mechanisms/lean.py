@@ -1,0 +1,263 @@
+"""Decode steps without the library's per-step Python: the same mathematics in as few calls as it takes.
+
+For decoder layers of the Llama kind (:data:`~workers.models.info.LEAN_SHAPES`). Keys, values, masks and
+observers go through the one attention function, linear maps may be anything that stands in the model
+(plain or replaced), so KV and weight policies compose with it. A layer that a policy replaced or looks
+into runs as the library's own.
+
+Shapes: B batch, T new tokens, C hidden width, Hq query heads, H key-value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from studio_state.errors import Unavailable
+from workers.mechanisms.attention import Forward, attend, forwarding
+from workers.mechanisms.fusing import Fused, fuse, is_hooked
+from workers.models.info import LEAN_SHAPES
+from workers.session import Session
+
+Linear = Callable[[Tensor], Tensor]
+Rotary = tuple[Tensor, Tensor]
+SOURCES = frozenset(f"transformers.models.{t}.modeling_{t}" for t in LEAN_SHAPES)
+FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+GROWING_ROTARY = ("dynamic", "longrope")  # kinds of rotary embedding whose angles depend on the length seen so far
+
+
+class Norm:
+    """RMSNorm as the library computes it, to the bit."""
+
+    def __init__(self, module: Any):
+        self.weight, self.eps = module.weight, module.variance_epsilon
+        self.shape = tuple(self.weight.shape[-1:])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, None, self.eps) * self.weight
+
+
+class RotaryTable:
+    """Cosines and sines of all positions, computed by the library's own module and looked up once a step.
+
+    The first half of the sines is negated, so that rotating is ``x * cos + roll(x, D / 2) * sin``.
+    """
+
+    def __init__(self, module: nn.Module, like: Tensor):
+        self.module, self.like = module, like
+        self.fixed = getattr(module, "rope_type", "default") not in GROWING_ROTARY
+        self.cos = self.sin = like.new_zeros(0)
+
+    def at(self, positions: Tensor, seen: int) -> Rotary:
+        """Cosines and signed sines [B, T, 1, D] of positions [B, T], all below ``seen``."""
+        if not self.fixed:
+            cos, sin = self._compute(positions)
+        else:
+            if seen > self.cos.shape[0]:
+                length = max(256, 1 << (seen - 1).bit_length())
+                cos, sin = self._compute(torch.arange(length, device=self.like.device)[None])
+                self.cos, self.sin = cos[0], sin[0]
+            cos, sin = self.cos[positions], self.sin[positions]
+        return cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def _compute(self, positions: Tensor) -> Rotary:
+        cos, sin = self.module(self.like, position_ids=positions)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of x [B, T, H, D]."""
+    cos, sin = rotary
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+
+class LeanLayer:
+    """One decoder layer: hidden states [B, T, C] -> [B, T, C].
+
+    Args:
+        module: the library's layer.
+        qkv, gate_up: its fused inputs.
+    """
+
+    def __init__(self, module: Any, qkv: Linear, gate_up: Linear):
+        attention = module.self_attn
+        self.index: int = attention.layer_idx
+        self.scaling: float = attention.scaling
+        self.window: int | None = window(attention)
+        self.width: int = attention.head_dim
+        self.kv_heads: int = attention.config.num_key_value_heads
+        self.query_heads: int = self.kv_heads * attention.num_key_value_groups
+        self.head_norm = HeadNorm(attention, self.query_heads, self.kv_heads) if hasattr(attention, "q_norm") else None
+        self.norm_in, self.norm_mlp = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
+        self.qkv, self.out = qkv, direct(attention.o_proj)
+        self.gate_up, self.down = gate_up, direct(module.mlp.down_proj)
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
+        b, t, _ = hidden.shape
+        heads = self.qkv(self.norm_in(hidden)).view(b, t, -1, self.width)
+        turned, value = torch.split_with_sizes(heads, (self.query_heads + self.kv_heads, self.kv_heads), 2)
+        if self.head_norm is not None:
+            turned = self.head_norm(turned)
+        query, key = torch.split_with_sizes(rotate(turned, rotary).transpose(1, 2), (self.query_heads, self.kv_heads), 1)
+        mixed = attend(forward, self.index, query, key, value.transpose(1, 2), self.scaling, self.window)
+        hidden = hidden + self.out(mixed.reshape(b, t, -1))
+        gate, up = self.gate_up(self.norm_mlp(hidden)).chunk(2, -1)
+        return hidden + self.down(F.silu(gate).mul_(up))
+
+
+class HeadNorm:
+    """Norms of queries and keys (Qwen3) in one call on [B, T, Hq + H, D]."""
+
+    def __init__(self, attention: Any, query_heads: int, kv_heads: int):
+        q, k = attention.q_norm, attention.k_norm
+        self.weight = torch.cat((q.weight.expand(query_heads, -1), k.weight.expand(kv_heads, -1)))
+        self.shape, self.eps = (self.weight.shape[-1],), q.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, None, self.eps) * self.weight
+
+
+class HookedLayer:
+    """A lean layer whose module carries hooks: they see the arguments and the output that the library would give."""
+
+    def __init__(self, module: nn.Module, lean: LeanLayer):
+        self.module, self.lean = module, lean
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
+        def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            return self.lean(hidden_states, rotary, forward)
+
+        self.module.forward = run  # type: ignore[method-assign]
+        try:
+            return call_as_library(self.module, hidden, rotary, forward)
+        finally:
+            del self.module.forward
+
+
+class LibraryLayer:
+    """A layer that is not of the lean shape any more, run as it is."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
+        with forwarding(forward):
+            return call_as_library(self.module, hidden, rotary, forward)
+
+
+def call_as_library(module: nn.Module, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
+    """Call a decoder layer with the arguments that the library gives it."""
+    cos, sin = (x.squeeze(2) for x in rotary)
+    half = sin.shape[-1] // 2
+    out: Tensor = module(
+        hidden,
+        attention_mask=None,
+        position_embeddings=(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)),
+        position_ids=forward.positions,
+        past_key_values=forward.cache,
+        use_cache=True,
+    )
+    return out
+
+
+class LeanModel:
+    """All layers of a model, as they stand when this is made.
+
+    Fused weights are built once per experiment and set of parts (``session.once``); the rest is made anew at
+    every attach, because hooks may have come or gone.
+
+    Attributes:
+        lean_layers: layers that do not run as the library's own.
+        swaps: qualified name -> stand-in, to be put into the model for as long as this is used.
+    """
+
+    def __init__(self, session: Session):
+        model: Any = session.model
+        base = model.get_submodule(model.base_model_prefix)
+        check_outside(model, base)
+        self.swaps: dict[str, nn.Module] = {}
+        self.embed: nn.Module = base.embed_tokens
+        self.rotary: RotaryTable = session.once((RotaryTable, base.rotary_emb), lambda: RotaryTable(base.rotary_emb, base.norm.weight))
+        names = session.family.parts(model)["layers"]
+        self.layers = [self._layer(session, name, model.get_submodule(name)) for name in names]
+        self.lean_layers = sum(not isinstance(x, LibraryLayer) for x in self.layers)
+        self.norm, self.head = Norm(base.norm), direct(model.get_output_embeddings())
+
+    def _layer(self, session: Session, name: str, module: Any) -> Callable[[Tensor, Rotary, Forward], Tensor]:
+        if not is_lean(module):
+            return LibraryLayer(module)
+        lean = LeanLayer(module, self._joined(session, name, module, "self_attn"), self._joined(session, name, module, "mlp"))
+        return HookedLayer(module, lean) if is_hooked(module) else lean
+
+    def _joined(self, session: Session, name: str, module: Any, block: str) -> Linear:
+        """The linear maps that share an input, as one function; stand-ins are noted where they could be fused."""
+        parts = [getattr(getattr(module, block), child) for child in FUSED[block]]
+        fused: Fused | None = None if any(map(is_hooked, parts)) else session.once((Fused, *parts), lambda: fuse(parts))
+        if fused is None:
+            return partial(one_by_one, parts)
+        names = (f"{name}.{block}.{child}" for child in FUSED[block])
+        self.swaps.update(zip(names, fused.stand_ins(), strict=True))
+        return direct(fused.whole)
+
+    def step(self, ids: Tensor, forward: Forward) -> Tensor:
+        """Logits [B, T, V] of the next tokens ids [B, T]; replaces the library's forward in the decode path."""
+        hidden = self.embed(ids)
+        rotary = self.rotary.at(forward.positions, forward.seen)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, forward)
+        return self.head(self.norm(hidden))
+
+
+def direct(module: nn.Module) -> Linear:
+    """A plain linear as a bare function; anything else (and what is hooked) is called as a module."""
+    if type(module) is nn.Linear and not is_hooked(module):
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    return module
+
+
+def one_by_one(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Outputs of several modules on the same input, concatenated."""
+    return torch.cat([p(x) for p in parts], -1)
+
+
+def window(attention: Any) -> int | None:
+    """Sliding window of a layer: its own where it names one, else the model's (Mistral)."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    is_mistral = type(attention).__name__.startswith("Mistral")
+    return getattr(attention.config, "sliding_window", None) if is_mistral else None
+
+
+def is_lean(module: Any) -> bool:
+    """True if a decoder layer is the library's own of a known shape, and nobody looks into its inside."""
+    if not _is_own(module, "DecoderLayer"):
+        return False
+    attention, mlp = module.self_attn, module.mlp
+    inside = [(attention, "Attention"), (mlp, "MLP"), (module.input_layernorm, "RMSNorm"), (module.post_attention_layernorm, "RMSNorm")]
+    inside += [(getattr(attention, name), "RMSNorm") for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return all(_is_own(m, kind) and not is_hooked(m) for m, kind in inside) and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def _is_own(module: nn.Module, kind: str) -> bool:
+    """True for an unchanged module of the library, of a class ``<Model><kind>`` of a known model type."""
+    cls = type(module)
+    return cls.__module__ in SOURCES and cls.__name__.endswith(kind) and "forward" not in vars(module)
+
+
+def check_outside(model: Any, base: Any) -> None:
+    """Refuse what a step past the library's forward would leave out.
+
+    Raises:
+        Unavailable: another model, or hooks on the model as a whole.
+    """
+    if type(base).__module__ not in SOURCES:
+        raise Unavailable(f"lean-decode knows models of type {', '.join(LEAN_SHAPES)}; this one is a {type(model).__name__}; remove lean-decode")
+    if any(is_hooked(m) for m in (model, base, base.embed_tokens, base.norm, base.rotary_emb)):
+        raise Unavailable("another policy acts on the forward pass of the model as a whole, which lean-decode leaves out; remove one of the two")

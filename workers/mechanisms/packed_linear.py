@@ -1,0 +1,176 @@
+"""Linear maps that keep their weights packed in 8 or 4 bits and multiply with float activations.
+
+Few rows (decode, scoring) go through PyTorch's weight-only CPU kernels, which read bfloat16
+activations and return bfloat16: with a float32 model the input and output of each such map are
+rounded to 8 significant bits. Each output row of these kernels depends on its own input row and
+weights only, so batching, chunking and fusing do not change a number. Many rows (prefill), other
+devices and other shapes unpack a slice of rows at a time and multiply in the activations' own dtype.
+
+Shapes: m input rows, N output rows, K inputs, g group, B rows of one packed block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workers.mechanisms import packing
+from workers.mechanisms.linear import Lookup, Replacement, bias_of, join_bias, matrix_of
+
+# Above so many input rows unpacking and a float product are faster (measured with AVX-512).
+_INT8_KERNEL_ROWS, _INT4_KERNEL_ROWS = 32, 64
+_KERNEL_WIDTH = 16  # the 8-bit kernel reads K in steps of 16 and beyond the end of other widths
+
+
+class PackedLinear(Replacement):
+    """What both formats share: kernel for few rows, slices of unpacked rows otherwise."""
+
+    STEP = packing.ROW_CHUNK
+    kernel_rows: int  # up to so many input rows the CPU kernel runs; 0 = it does not take this shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        if rows.shape[0] <= self.kernel_rows and x.device.type == "cpu":
+            y = self.kernel(rows.bfloat16()).to(x.dtype)
+        else:
+            y = torch.cat([F.linear(rows, self.unpacked(a, x.dtype)) for a in range(0, self.out_features, self.STEP)], -1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.unflatten(0, x.shape[:-1])
+
+    def matrix(self) -> Tensor:
+        """The stored weights as float32 [N, K]."""
+        return torch.cat([self.unpacked(a, torch.float32) for a in range(0, self.out_features, self.STEP)])
+
+    def lookup(self, dtype: torch.dtype) -> nn.Module:
+        """Rows of this very table."""
+        return Lookup(self, dtype)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """bfloat16 [m, K] -> bfloat16 [m, N], without bias."""
+        raise NotImplementedError
+
+    def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Up to ``STEP`` rows of the stored weights from ``start`` on: [n, K]."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Single rows of the stored weights, ids [n]: float32 [n, K]."""
+        raise NotImplementedError
+
+
+class Int8Linear(PackedLinear):
+    """8 bits, one scale a row.
+
+    Args:
+        codes: int8 [N, K]; scales: bfloat16 [N]; bias: [N].
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None):
+        super().__init__(codes.shape[1], codes.shape[0], bias)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.kernel_rows = _INT8_KERNEL_ROWS if self.in_features % _KERNEL_WIDTH == 0 else 0
+
+    @classmethod
+    def of(cls, source: nn.Module) -> Int8Linear:
+        """Round the weights of a linear module."""
+        pieces = [packing.round_rows(w) for w in matrix_of(source).detach().split(packing.ROW_CHUNK)]
+        return cls(torch.cat([c for c, _ in pieces]), torch.cat([s for _, s in pieces]), bias_of(source))
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """bfloat16 [m, K] -> bfloat16 [m, N]."""
+        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
+
+    def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows [n, K]."""
+        stop = start + self.STEP
+        return (self.codes[start:stop].float() * self.scales[start:stop, None]).to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, K]."""
+        return self.codes[ids].float() * self.scales[ids, None]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Linear]) -> Int8Linear:
+        """Rows of all parts."""
+        return cls(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), join_bias(parts))
+
+
+class Int4Linear(PackedLinear):
+    """4 bits by group, two codes a byte, in the layout that the CPU kernel reads (``packing.pack``).
+
+    Rows are padded to a multiple of 64; the padding counts as bytes.
+
+    Args:
+        packed: uint8 [N'/B, K, B/2], N' padded rows; grid: bfloat16 [K/g, N', 2] (scale, zero); rows: N; bias: [N].
+    """
+
+    packed: Tensor
+    grid: Tensor
+
+    def __init__(self, packed: Tensor, grid: Tensor, rows: int, bias: Tensor | None):
+        super().__init__(packed.shape[1], rows, bias)
+        self.register_buffer("packed", packed)
+        self.register_buffer("grid", grid)
+        self.group = self.in_features // grid.shape[0]
+        has_kernel = self.group in packing.KERNEL_GROUPS and 2 * packed.shape[2] == packing.kernel_block()
+        self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
+
+    @classmethod
+    def of(cls, source: nn.Module, group: int) -> Int4Linear:
+        """Round the weights of a linear module; K must be a multiple of ``group``."""
+        weight, block = matrix_of(source).detach(), packing.kernel_block() or packing.BLOCK
+        n, k = weight.shape
+        height = packing.padded_rows(n)
+        packed = torch.empty(height // block, k, block // 2, dtype=torch.uint8, device=weight.device)
+        grid = torch.empty(k // group, height, 2, dtype=torch.bfloat16, device=weight.device)
+        for a in range(0, n, packing.ROW_CHUNK):
+            piece = weight[a : a + packing.ROW_CHUNK]
+            b = a + packing.padded_rows(len(piece))
+            codes, grid[:, a:b] = packing.round_groups(F.pad(piece, (0, 0, 0, b - a - len(piece))), group)
+            packed[a // block : b // block] = packing.pack(codes, block)
+        return cls(packed, grid, n, bias_of(source))
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """bfloat16 [m, K] -> bfloat16 [m, N]."""
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed.view(-1, self.in_features // 2), self.group, self.grid)
+        return y[:, : self.out_features]
+
+    def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows [n, K]."""
+        block = 2 * self.packed.shape[2]
+        stop = min(start + self.STEP, self.out_features)
+        codes = packing.unpack(self.packed[start // block : -(-stop // block)])
+        weight = packing.dequantise(codes, self.grid[:, start : start + codes.shape[1]])
+        return weight[:, : stop - start].T.to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, K]."""
+        half = self.packed.shape[2]
+        inside = ids % (2 * half)
+        bytes_ = self.packed[ids // (2 * half), :, inside % half]  # [n, K]
+        codes = (bytes_ >> (4 * (inside // half))[:, None].to(torch.uint8)) & 15
+        return packing.dequantise(codes.T, self.grid[:, ids]).T
+
+    def layout(self) -> Hashable:
+        """Same group and block."""
+        return (*super().layout(), self.group, self.packed.shape[2])  # type: ignore[misc]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int4Linear]) -> Int4Linear:
+        """Rows of all parts; packed anew only if a part ends inside a block of padding."""
+        block, rows, bias = 2 * parts[0].packed.shape[2], sum(p.out_features for p in parts), join_bias(parts)
+        if all(p.out_features == p.grid.shape[1] for p in parts):
+            return cls(torch.cat([p.packed for p in parts]), torch.cat([p.grid for p in parts], 1), rows, bias)
+        fill = packing.padded_rows(rows) - rows
+        codes = torch.cat([packing.unpack(p.packed)[:, : p.out_features] for p in parts], 1).T
+        grid = torch.cat([p.grid[:, : p.out_features] for p in parts], 1)
+        return cls(packing.pack(F.pad(codes, (0, 0, 0, fill)), block), F.pad(grid, (0, 0, 0, fill)), rows, bias)

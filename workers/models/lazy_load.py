@@ -1,0 +1,159 @@
+"""Compressed loading: every weight is read, replaced and forgotten before the next one is read.
+
+The model is made on the ``meta`` device (no memory). Policies that alter weights turn each linear map
+into its replacement at once, so at any moment there is one unpacked matrix beside the packed ones, and a
+model that fits only compressed can still run. It holds no originals: it has no baseline on this device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from studio_state.errors import ModelError
+from workers.mechanisms.linear import Places, Replacement, WeightPolicy, build, find_places
+from workers.models import weights_files
+from workers.models.talk import Progress, first_line, quiet_library, silent
+
+if TYPE_CHECKING:
+    from workers.families.base import Family
+    from workers.models.resolve import Resolved
+
+
+class Compressed(NamedTuple):
+    """A model with its replacements in place, and the names its session must know (``session.built[Places] = places``)."""
+
+    model: Any
+    places: Places
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, read one at a time as they are asked for."""
+
+    def __init__(self, name: str, folder: Path, dtype: torch.dtype, device: torch.device | str):
+        self.name, self.dtype, self.device = name, dtype, device
+        self._stack, self._file_of = ExitStack(), {}  # type: ExitStack, dict[str, Any]
+        try:
+            for path in weights_files.files(name, folder):
+                weights_files.read_header(path)
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+                self._file_of.update(dict.fromkeys(file.keys(), file))
+        except SafetensorError as e:
+            self._stack.close()
+            raise ModelError(f"{name} has a damaged weights file ({first_line(e)}); copy or download it again") from e
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def read(self, key: str, like: Tensor) -> Tensor:
+        """One tensor in the dtype and on the device of this load.
+
+        Raises:
+            ModelError: missing, or of another shape than the config says.
+        """
+        if key not in self._file_of:
+            raise ModelError(
+                f"the files of {self.name} lack the weight {key}, or name it otherwise than the library; it cannot be loaded compressed"
+            )
+        tensor: Tensor = self._file_of[key].get_tensor(key)
+        if tensor.shape != like.shape:
+            raise ModelError(
+                f"{key} of {self.name} has the shape {tuple(tensor.shape)}, its config says {tuple(like.shape)}; take the model's own config"
+            )
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+@torch.no_grad()
+def load_compressed(
+    resolved: Resolved,
+    policies: Sequence[WeightPolicy],
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    attn_implementation: str = "sdpa",
+    progress: Progress = silent,
+) -> Compressed:
+    """Load a language model with the policies' replacements in the place of its linear maps.
+
+    Args:
+        policies: those of one lane that alter weights, in the order in which they act.
+        dtype: of what no policy replaces, and of what the policies are given.
+
+    Raises:
+        ModelError: a GGUF file, missing or misshapen weights.
+        SpecError: a weight that a policy cannot take.
+    """
+    if resolved.gguf_file:
+        raise ModelError(f"{resolved.name} is a GGUF file, which is read as a whole; loading compressed needs safetensors")
+    with quiet_library(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            resolved.config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=resolved.trust_remote_code
+        )
+    spots = find_places(family, model)
+    _make_buffers(model, device)
+    with Checkpoint(resolved.name, resolved.path, dtype, device) as files:
+        names = [*spots.linears, *([spots.head] if spots.head else [])]
+        for i, name in enumerate(names):
+            progress("load", i / len(names), f"compressing {name}")
+            _replace(model, files, policies, spots, name)
+        _load_rest(model, files, spots)
+    if (resolved.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(resolved.path, local_files_only=True)
+    return Compressed(model.requires_grad_(False).eval(), spots)
+
+
+def _make_buffers(model: Any, device: torch.device | str) -> None:
+    """Compute the buffers that no file holds (rotary frequencies) by the library's own initialisation; weights stay on meta."""
+    for module in model.modules():
+        empty = {n: b for n, b in module.named_buffers(recurse=False) if b is not None and b.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+        if empty:
+            model._init_weights(module)
+
+
+def _replace(model: Any, files: Checkpoint, policies: Sequence[WeightPolicy], spots: Places, name: str) -> None:
+    """Read one linear map and put what the policies make of it into the model; leave it on meta if they make nothing."""
+    own = model.get_submodule(name)
+    stored = spots.embedding if name == spots.head and spots.embedding and f"{name}.weight" not in files else name
+    source: nn.Module = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
+    source.weight = nn.Parameter(files.read(f"{stored}.weight", own.weight), requires_grad=False)
+    if own.bias is not None:
+        source.bias = nn.Parameter(files.read(f"{name}.bias", own.bias), requires_grad=False)
+    for policy in policies:
+        new = build(policy, source, name == spots.head)
+        if new is not None:
+            new.made_by = (*getattr(source, "made_by", ()), policy)
+            source = new
+    if not isinstance(source, Replacement):
+        return
+    model.set_submodule(name, source)
+    lookup = source.lookup(files.dtype) if name == spots.head and spots.embedding else None
+    if lookup is not None:
+        model.set_submodule(str(spots.embedding), lookup)
+
+
+def _load_rest(model: Any, files: Checkpoint, spots: Places) -> None:
+    """Read every parameter that is still on meta; a head that was left alone is tied again."""
+    head = model.get_submodule(spots.head) if spots.head else None
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        path, _, leaf = name.rpartition(".")
+        value = nn.Parameter(files.read(name, parameter), requires_grad=False)
+        setattr(model.get_submodule(path), leaf, value)
+        if path == spots.embedding and isinstance(head, nn.Linear):
+            head.weight = value
