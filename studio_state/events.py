@@ -236,7 +236,8 @@ def decode(line: str | bytes) -> Event:
     if not isinstance(data, dict) or not isinstance(data.get("event"), str):
         raise ValueError("not an event line")
     try:
-        return _adapter.validate_python(data)
+        event: Event = _adapter.validate_python(data)
+        return event
     except ValidationError as e:
         if any(x["type"] == "union_tag_invalid" for x in e.errors()):
             return Unknown.model_validate(data)

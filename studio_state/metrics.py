@@ -34,7 +34,7 @@ class MetricInfo(BaseModel):
 
 
 def _m(unit: str, better: Better, group: str, text: str, summary: str = "median", ratio: bool = True) -> MetricInfo:
-    return MetricInfo(unit=unit, better=better, group=group, text=text, summary=summary, ratio=ratio)  # type: ignore[arg-type]
+    return MetricInfo(unit=unit, better=better, group=group, text=text, summary=summary, ratio=ratio)
 
 
 METRICS: dict[str, MetricInfo] = {

@@ -59,10 +59,7 @@ class Pipeline(BaseModel):
 
     def with_knob(self, policy: str, knob: str, value: Any) -> Pipeline:
         """A copy in which every step of this policy has the knob set (for sweeps)."""
-        steps = tuple(
-            s.model_copy(update={"knobs": {**s.knobs, knob: value}}) if s.policy == policy else s
-            for s in self.steps
-        )
+        steps = tuple(s.model_copy(update={"knobs": {**s.knobs, knob: value}}) if s.policy == policy else s for s in self.steps)
         return self.model_copy(update={"steps": steps})
 
     def link(self) -> str:
@@ -181,7 +178,7 @@ def pipeline_from_data(data: Any, origin: str = "data") -> Pipeline:
 
 def to_yaml(pipeline: Pipeline) -> str:
     """The pipeline as a YAML file."""
-    return yaml.safe_dump(pipeline.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(pipeline.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def pack_link(data: Any) -> str:

@@ -112,5 +112,5 @@ def clashes(uses: Iterable[tuple[int, Iterable[Use]]]) -> list[Clash]:
                     reason = "one spoils what the other needs"
                 else:
                     continue
-                found.append(Clash(first=i, second=j, resource=resource, reason=reason))  # type: ignore[arg-type]
+                found.append(Clash(first=i, second=j, resource=resource, reason=reason))
     return found

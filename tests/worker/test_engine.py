@@ -71,8 +71,9 @@ def test_baseline_equals_the_librarys_own_generate(host: ModelHost, tiny_llama: 
 
 def test_event_order_and_names(host: ModelHost, tiny_llama: Path) -> None:
     events = race(host, tiny_llama, "snapkv:keep=0.5,window=4")
-    kinds = [getattr(e, "event") for e in events]
-    assert kinds[0] == "started" and kinds[-1] == "finished"
+    kinds = [e.event for e in events]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "finished"
     assert kinds.index("model") < kinds.index("lane") < kinds.index("item") < kinds.index("output")
     assert {e.name for e in of(events, Metric)} | {e.name for e in of(events, Ratio)} <= set(METRICS)
     assert [e.status for e in of(events, LaneFinished)] == ["finished", "finished"]
@@ -90,7 +91,8 @@ def test_kv_bytes_and_the_eviction_map_tell_the_truth(host: ModelHost, tiny_llam
     assert value(events, 1, "kept_prompt_tokens") == kept
     assert value(events, 0, "kv_bytes") == (prompt + 11) * per_token  # the last new token is never fed back
     map_ = of(events, Kept, lane=1)[0]
-    assert len(map_.share) == prompt and sum(map_.share) == pytest.approx(kept, abs=0.05)
+    assert len(map_.share) == prompt
+    assert sum(map_.share) == pytest.approx(kept, abs=0.05)
     assert map_.share[-4:] == [1, 1, 1, 1]
     assert not of(events, Kept, lane=0)
     ratio = of(events, Ratio, lane=1, name="prefill_kv_bytes")[0]
@@ -161,7 +163,9 @@ def test_chunks_and_kernels_give_the_same_tokens(host: ModelHost, tiny_llama: Pa
 def test_no_effect_is_flagged(host: ModelHost, tiny_llama: Path) -> None:
     events = race(host, tiny_llama, "snapkv:keep=0.9,window=32", options={"text": "Hi there"})
     done = of(events, LaneFinished, lane=1)[0]
-    assert done.status == "finished" and done.flags and done.flags[0].startswith("no effect: ")
+    assert done.status == "finished"
+    assert done.flags
+    assert done.flags[0].startswith("no effect: ")
 
 
 def test_sampling_is_the_same_in_equal_lanes(host: ModelHost, tiny_llama: Path) -> None:
@@ -176,7 +180,8 @@ def test_sampling_is_the_same_in_equal_lanes(host: ModelHost, tiny_llama: Path) 
 def test_all_problems_come_at_once(host: ModelHost, tiny_llama: Path) -> None:
     events = race(host, tiny_llama, "snapkv:keep=7+h2o", "nothing-known")
     failed = of(events, Failed)[0]
-    assert len(failed.problems) == 3 and isinstance(events[-1], Failed)
+    assert len(failed.problems) == 3
+    assert isinstance(events[-1], Failed)
     assert {p["policy"] for p in failed.problems} == {"snapkv", "h2o", "nothing-known"}
 
 
@@ -187,13 +192,15 @@ def test_cancel_stops_between_steps(host: ModelHost, tiny_llama: Path) -> None:
     seen: list[Event] = []
     for event in run(spec, host, is_cancelled=lambda: any(isinstance(e, Tokens) for e in seen)):
         seen.append(event)
-    assert getattr(seen[-1], "event") == "cancelled"
+    assert seen[-1].event == "cancelled"
     assert 0 < sum(len(e.ids) for e in of(seen, Tokens)) < 500
 
 
 def test_a_prompt_over_the_context_is_refused_in_one_sentence(host: ModelHost, tiny_llama: Path) -> None:
     events = race(host, tiny_llama, options={"text": "word " * 5000})
-    assert isinstance(events[-1], Failed) and "context" in events[-1].message and "\n" not in events[-1].message
+    assert isinstance(events[-1], Failed)
+    assert "context" in events[-1].message
+    assert "\n" not in events[-1].message
 
 
 def test_a_model_that_fits_only_compressed_still_runs(host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +210,8 @@ def test_a_model_that_fits_only_compressed_still_runs(host: ModelHost, tiny_llam
     events = race(host, tiny_llama, "rtn:bits=8", "magnitude", options={"text": TEXT, "items": 1})
     status = {e.lane: e for e in of(events, LaneFinished)}
     assert [status[i].status for i in range(3)] == ["unavailable", "finished", "unavailable"]
-    assert status[0].message.startswith("no baseline on this device") and not status[1].interleaved
+    assert status[0].message.startswith("no baseline on this device")
+    assert not status[1].interleaved
     assert not of(events, Ratio)
     assert of(events, Output, lane=1)[0].data["token_ids"] == of(whole, Output, lane=1)[0].data["token_ids"]
     assert value(events, 1, "weight_bytes") == value(whole, 1, "weight_bytes") < value(whole, 0, "weight_bytes")

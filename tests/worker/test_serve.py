@@ -40,7 +40,7 @@ class Worker:
 
     def until(self, *kinds: str) -> list[Event]:
         seen = [self.hear()]
-        while getattr(seen[-1], "event") not in kinds:
+        while seen[-1].event not in kinds:
             seen.append(self.hear())
         return seen
 
@@ -63,7 +63,7 @@ def test_two_experiments_in_a_row_on_one_worker(worker: Worker, tiny_llama: Path
     for name in ("one", "two"):
         worker.ask(op="run", experiment=name, spec=spec(tiny_llama))
         events = worker.until("finished", "failed")
-        assert getattr(events[-1], "event") == "finished"
+        assert events[-1].event == "finished"
         assert {e.experiment for e in events} == {name}
         assert [e.seq for e in events] == list(range(1, len(events) + 1))
 
@@ -73,31 +73,35 @@ def test_cancel_while_running(worker: Worker, tiny_llama: Path) -> None:
     worker.until("tokens")
     worker.ask(op="cancel", experiment="long")
     events = worker.until("cancelled", "finished", "failed")
-    assert getattr(events[-1], "event") == "cancelled"
+    assert events[-1].event == "cancelled"
     assert sum(len(e.ids) for e in events if isinstance(e, Tokens)) < 1500
     worker.ask(op="run", experiment="after", spec=spec(tiny_llama))
-    assert getattr(worker.until("finished", "failed")[-1], "event") == "finished"
+    assert worker.until("finished", "failed")[-1].event == "finished"
 
 
 def test_inspect_answers_without_loading(worker: Worker, tiny_llama: Path) -> None:
     worker.ask(op="inspect", request="q1", model=str(tiny_llama), spec=None)
     answer = worker.until("model", "failed")[-1]
-    assert isinstance(answer, ModelLoaded) and answer.experiment == "q1"
-    assert answer.info.family == "llm" and answer.estimate and answer.estimate.weight_bytes > 0
+    assert isinstance(answer, ModelLoaded)
+    assert answer.experiment == "q1"
+    assert answer.info.family == "llm"
+    assert answer.estimate
+    assert answer.estimate.weight_bytes > 0
     worker.ask(op="inspect", request="q2", model="no-such-model-here", spec=None)
     failed = worker.until("model", "failed")[-1]
-    assert getattr(failed, "event") == "failed" and "no-such-model-here" in getattr(failed, "message")
+    assert failed.event == "failed"
+    assert "no-such-model-here" in failed.message
 
 
 def test_requests_that_cannot_be_read(worker: Worker) -> None:
     assert worker.process.stdin
     worker.process.stdin.write("this is no request\n")
     worker.process.stdin.flush()
-    assert "cannot read" in getattr(worker.until("note")[-1], "text")
+    assert "cannot read" in worker.until("note")[-1].text
     worker.ask(op="dance")
-    assert "dance" in getattr(worker.until("note")[-1], "text")
+    assert "dance" in worker.until("note")[-1].text
     worker.ask(op="run", experiment="bad", spec={"model": "x"})
-    assert getattr(worker.until("failed")[-1], "experiment") == "bad"
+    assert worker.until("failed")[-1].experiment == "bad"
 
 
 def test_prints_of_libraries_do_not_reach_the_stream() -> None:
@@ -124,7 +128,7 @@ def test_isolated_lanes_run_in_processes_of_their_own(tiny_llama: Path) -> None:
         check=True,
     )
     events = [decode(line) for line in done.stdout.splitlines()]
-    assert [getattr(e, "lane") for e in events if getattr(e, "event") == "lane_finished"] == [0, 1, 2]
-    assert {getattr(e, "lane") for e in events if getattr(e, "event") == "ratio"} == {1, 2}
-    assert [getattr(e, "event") for e in events].count("started") == 1
-    assert getattr(events[-1], "event") == "finished"
+    assert [e.lane for e in events if e.event == "lane_finished"] == [0, 1, 2]
+    assert {e.lane for e in events if e.event == "ratio"} == {1, 2}
+    assert [e.event for e in events].count("started") == 1
+    assert events[-1].event == "finished"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from studio_state.errors import WorkloadError
 from workers.families.base import RunTrace, StepResult
-from workers.families.text import encode_item, Streamer
+from workers.families.text import Streamer, encode_item
 from workers.mechanisms.attention import Forward, forwarding
 from workers.mechanisms.cache import PADDING, StudioCache
 from workers.mechanisms.sampling import Sampler

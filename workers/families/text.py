@@ -48,8 +48,7 @@ class Streamer:
         if text.endswith("�") and not last:
             return ""
         new, self.shown = text[self.shown :], len(text)
-        if "\n" in new or len(self.ids) > 64:  # start over, so that decoding stays linear
-            if not text.endswith("�"):
-                keep = self.ids[-4:]
-                self.ids, self.shown = keep, len(self.tokenizer.decode(keep, skip_special_tokens=True))
+        if len(self.ids) > 64 and not text.endswith("�"):  # start over, so that decoding stays linear
+            self.ids = self.ids[-8:]
+            self.shown = len(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         return new
