@@ -17,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from studio_state.resources import Use
 
 Kind = Literal["policy", "analyzer", "recipe"]
-Stage = Literal[
-    "placement", "prune", "quantize", "tokens", "kv", "depth", "sparsity", "denoise", "decode", "runtime"
-]
+Stage = Literal["placement", "prune", "quantize", "tokens", "kv", "depth", "sparsity", "denoise", "decode", "runtime"]
 STAGES: tuple[str, ...] = (
     "placement",
     "prune",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import duckdb
 
@@ -114,10 +114,13 @@ class History:
 
     def experiment(self, experiment: str) -> ExperimentRow | None:
         """One experiment, deleted or not; None if there is none."""
+        return next(iter(self.experiments_of([experiment])), None)
+
+    def experiments_of(self, ids: Sequence[str]) -> list[ExperimentRow]:
+        """The experiments with these ids, deleted or not, newest first; those that do not exist are left out."""
         with self._cursor() as cursor:
-            values = {"dead": self._dead(cursor, [experiment]), "id": experiment, "limit": 1, "offset": 0}
-            rows = self._experiment_rows(cursor, "e.id = $id", values)
-        return rows[0] if rows else None
+            values = {"dead": self._dead(cursor, ids), "ids": list(ids), "limit": len(ids), "offset": 0}
+            return self._experiment_rows(cursor, "e.id IN (SELECT unnest($ids::VARCHAR[]))", values)
 
     def _where(self, cursor: duckdb.DuckDBPyConnection, deleted: bool | None, filters: dict[str, str | None]) -> tuple[str, dict[str, Any]]:
         unknown = filters.keys() - _FILTERS.keys()
@@ -202,6 +205,12 @@ class History:
         """All tags in use, sorted."""
         with self._cursor() as cursor:
             return [t for (t,) in cursor.execute("SELECT DISTINCT tag FROM tags ORDER BY tag").fetchall()]
+
+    def values(self, column: Literal["model", "workload", "device"]) -> list[str]:
+        """What a column of the experiments holds, sorted; for choosing a filter."""
+        with self._cursor() as cursor:
+            found = cursor.execute(f"SELECT DISTINCT {column} FROM experiments e WHERE {column} IS NOT NULL AND {_NOT_DELETED} ORDER BY 1").fetchall()
+        return [v for (v,) in found]
 
     def _rows(self, kind: type[R], table: str, experiment: str | Sequence[str], more: str = "",
               values: dict[str, Any] | None = None, order: str = "seq") -> list[R]:  # fmt: skip

@@ -76,7 +76,9 @@ def schema_problems(values: Mapping[str, Any], schema: Mapping[str, Any], what: 
     known = {k: v for k, v in values.items() if k in props}
     for error in Draft202012Validator({**schema, "required": []}).iter_errors(known):
         name = str(error.path[0]) if error.path else ""
-        found.append((name, f"{what}: {name} = {error.instance!r} is not allowed; allowed: {describe_range(props.get(name, {}))}"))
+        found.append(
+            (name, f"{what}: {name} = {error.instance!r} is not allowed; allowed: {describe_range(props.get(name, {}))}")
+        )
     return list(dict.fromkeys(found))  # a value may break several rules of one knob
 
 
@@ -90,9 +92,13 @@ def describe_range(prop: Mapping[str, Any]) -> str:
         return " or ".join(describe_range(p) for p in prop["anyOf"])
     if prop.get("type") == "null":
         return "nothing (null)"
-    kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "array": "a list"}.get(
-        str(prop.get("type")), str(prop.get("type", "a value"))
-    )
+    kind = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "array": "a list",
+    }.get(str(prop.get("type")), str(prop.get("type", "a value")))
     if "multipleOf" in prop:
         kind += f" divisible by {prop['multipleOf']}"
     low, high = prop.get("minimum", prop.get("exclusiveMinimum")), prop.get("maximum", prop.get("exclusiveMaximum"))
@@ -197,7 +203,12 @@ def _model_problems(card: Card, step: Step, model: ModelInfo) -> list[tuple[str,
         return out
     for trait in card.traits:
         if trait not in model.traits:
-            out.append((f"{card.title} needs a model with the trait {trait!r}; {model.name} has {', '.join(model.traits) or 'none'}", None))
+            out.append(
+                (
+                    f"{card.title} needs a model with the trait {trait!r}; {model.name} has {', '.join(model.traits) or 'none'}",
+                    None,
+                )
+            )
     for trait in card.not_traits:
         if trait in model.traits:
             out.append((f"{card.title} cannot work on a model with the trait {trait!r}, which {model.name} has", None))
@@ -208,11 +219,18 @@ def _model_problems(card: Card, step: Step, model: ModelInfo) -> list[tuple[str,
             continue
         fits = prop.get("fits")
         if fits == "layers" and model.layers and value >= model.layers:
-            out.append((f"{card.title}: {name} = {value}, but {model.name} has {model.layers} layers (0 to {model.layers - 1})", name))
+            out.append(
+                (f"{card.title}: {name} = {value}, but {model.name} has {model.layers} layers (0 to {model.layers - 1})", name)
+            )
         if fits == "divides-widths" and value:
             bad = sorted({w for w in (model.hidden, model.ffn) if w and w % value})
             if bad:
-                out.append((f"{card.title}: {name} = {value} does not divide the width {' and '.join(map(str, bad))} of {model.name}; {_divisors(model)}", name))
+                out.append(
+                    (
+                        f"{card.title}: {name} = {value} does not divide the width {' and '.join(map(str, bad))} of {model.name}; {_divisors(model)}",
+                        name,
+                    )
+                )
         if fits == "divides-head" and value and model.head_dim and model.head_dim % value:
             out.append((f"{card.title}: {name} = {value} does not divide the head width {model.head_dim} of {model.name}", name))
         if fits == "context" and model.context and value > model.context:
@@ -236,12 +254,20 @@ def problems(
     card = catalog.workload_by_id.get(spec.workload.id)
     if card is None:
         ids = list(catalog.workload_by_id)
-        found.append(Problem(message=f"there is no workload {spec.workload.id!r}; {nearest(spec.workload.id, ids)}allowed: {', '.join(ids)}"))
+        found.append(
+            Problem(
+                message=f"there is no workload {spec.workload.id!r}; {nearest(spec.workload.id, ids)}allowed: {', '.join(ids)}"
+            )
+        )
     else:
         for name, message in schema_problems(spec.workload.options, card.options, f"workload {card.id}"):
             found.append(Problem(message=message.replace("has no knob", "has no option"), knob=name or None))
         if model is not None and model.family not in card.families:
-            found.append(Problem(message=f"workload {card.id} is for {', '.join(card.families)} models; {model.name} is of family {model.family}"))
+            found.append(
+                Problem(
+                    message=f"workload {card.id} is for {', '.join(card.families)} models; {model.name} is of family {model.family}"
+                )
+            )
     for lane, pipeline in enumerate(spec.lanes):
         found += pipeline_problems(
             pipeline,

@@ -6,7 +6,7 @@ The claims and the run cards read this. (The live page has its own fold, which f
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from studio_state.experiment import ExperimentSpec, ModelInfo
 from studio_state.metrics import METRICS
 
 Key = tuple[str, int]  # (item, repeat)
-_REDUCE = {"median": statistics.median, "mean": statistics.fmean, "max": max, "sum": sum}
+_REDUCE: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "mean": statistics.fmean, "max": max, "sum": sum}
 
 
 @dataclass

@@ -182,6 +182,24 @@ def mcnemar(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> McNemar:
     return McNemar(only_a, only_b, len(correct_a), p)
 
 
+def paired_shares(correct_a: Sequence[bool], correct_b: Sequence[bool], level: float = 0.95) -> Interval:
+    """Share of right answers of a less that of b on the same items, with an interval that never has width 0.
+
+    Agresti and Min 2005: half an item is added to each of the four cells of the paired table, so that few
+    items on which both sides always agree do not look like certainty. The value is the plain difference.
+
+    Raises:
+        ValueError: different lengths, or no items.
+    """
+    table = mcnemar(correct_a, correct_b)
+    if not table.n:
+        raise ValueError("paired_shares: give at least one item")
+    a, b, n = table.only_a + 0.5, table.only_b + 0.5, table.n + 2
+    centre = (a - b) / n
+    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt((a + b) - (a - b) ** 2 / n) / n
+    return Interval((table.only_a - table.only_b) / table.n, max(-1.0, centre - half), min(1.0, centre + half), table.n)
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """A share with Wilson's score interval.
 

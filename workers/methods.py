@@ -71,9 +71,9 @@ class Policy(Declared):
 
     @property
     def is_neutral(self) -> bool:
-        """True if the knobs stand where the output equals the baseline's by design."""
+        """True if the knobs stand where the policy does nothing. (``neutral={}``: it acts, but the output stays.)"""
         neutral = self.card.neutral
-        return neutral is not None and all(getattr(self, k) == v for k, v in neutral.items())
+        return bool(neutral) and all(getattr(self, k) == v for k, v in neutral.items())
 
     @classmethod
     def describe(cls) -> Card:

@@ -40,7 +40,9 @@ def fuse(parts: Sequence[nn.Module]) -> Fused | None:
 
 def _fuse_plain(parts: Sequence[nn.Linear]) -> nn.Linear | None:
     first = parts[0].weight
-    if any(p.weight.dtype != first.dtype or p.weight.device != first.device or p.in_features != parts[0].in_features for p in parts):
+    if any(
+        p.weight.dtype != first.dtype or p.weight.device != first.device or p.in_features != parts[0].in_features for p in parts
+    ):
         return None
     biases = [p.bias for p in parts if p.bias is not None]
     if len(biases) not in (0, len(parts)):

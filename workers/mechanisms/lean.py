@@ -68,8 +68,13 @@ class RotaryTable:
 
     def _compute(self, positions: Tensor) -> Rotary:
         cos, sin = self.module(self.like, position_ids=positions)
-        half = sin.shape[-1] // 2
-        return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return cos, negate_half(sin)
+
+
+def negate_half(sin: Tensor) -> Tensor:
+    """Sines [..., D] with the first half negated, and back again."""
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -131,8 +136,9 @@ class HookedLayer:
         self.module, self.lean = module, lean
 
     def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
-        def run(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            return self.lean(hidden_states, rotary, forward)
+        def run(hidden_states: Tensor, position_embeddings: Rotary, **kwargs: Any) -> Tensor:
+            cos, sin = position_embeddings  # as the hooks left them
+            return self.lean(hidden_states, (cos.unsqueeze(2), negate_half(sin).unsqueeze(2)), forward)
 
         self.module.forward = run  # type: ignore[method-assign]
         try:
@@ -155,11 +161,10 @@ class LibraryLayer:
 def call_as_library(module: nn.Module, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
     """Call a decoder layer with the arguments that the library gives it."""
     cos, sin = (x.squeeze(2) for x in rotary)
-    half = sin.shape[-1] // 2
     out: Tensor = module(
         hidden,
         attention_mask=None,
-        position_embeddings=(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)),
+        position_embeddings=(cos, negate_half(sin)),
         position_ids=forward.positions,
         past_key_values=forward.cache,
         use_cache=True,
@@ -184,7 +189,9 @@ class LeanModel:
         check_outside(model, base)
         self.swaps: dict[str, nn.Module] = {}
         self.embed: nn.Module = base.embed_tokens
-        self.rotary: RotaryTable = session.once((RotaryTable, base.rotary_emb), lambda: RotaryTable(base.rotary_emb, base.norm.weight))
+        self.rotary: RotaryTable = session.once(
+            (RotaryTable, base.rotary_emb), lambda: RotaryTable(base.rotary_emb, base.norm.weight)
+        )
         names = session.family.parts(model)["layers"]
         self.layers = [self._layer(session, name, model.get_submodule(name)) for name in names]
         self.lean_layers = sum(not isinstance(x, LibraryLayer) for x in self.layers)
@@ -240,7 +247,12 @@ def is_lean(module: Any) -> bool:
     if not _is_own(module, "DecoderLayer"):
         return False
     attention, mlp = module.self_attn, module.mlp
-    inside = [(attention, "Attention"), (mlp, "MLP"), (module.input_layernorm, "RMSNorm"), (module.post_attention_layernorm, "RMSNorm")]
+    inside = [
+        (attention, "Attention"),
+        (mlp, "MLP"),
+        (module.input_layernorm, "RMSNorm"),
+        (module.post_attention_layernorm, "RMSNorm"),
+    ]
     inside += [(getattr(attention, name), "RMSNorm") for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     return all(_is_own(m, kind) and not is_hooked(m) for m, kind in inside) and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
 
@@ -258,6 +270,10 @@ def check_outside(model: Any, base: Any) -> None:
         Unavailable: another model, or hooks on the model as a whole.
     """
     if type(base).__module__ not in SOURCES:
-        raise Unavailable(f"lean-decode knows models of type {', '.join(LEAN_SHAPES)}; this one is a {type(model).__name__}; remove lean-decode")
+        raise Unavailable(
+            f"lean-decode knows models of type {', '.join(LEAN_SHAPES)}; this one is a {type(model).__name__}; remove lean-decode"
+        )
     if any(is_hooked(m) for m in (model, base, base.embed_tokens, base.norm, base.rotary_emb)):
-        raise Unavailable("another policy acts on the forward pass of the model as a whole, which lean-decode leaves out; remove one of the two")
+        raise Unavailable(
+            "another policy acts on the forward pass of the model as a whole, which lean-decode leaves out; remove one of the two"
+        )

@@ -32,7 +32,7 @@ class SnapKV(Policy):
         families=("llm", "vlm"),
         owns=("kv.length",),
         needs=("attention.scores",),
-        spoils=("kv.rollback",),
+        spoils=("kv.rollback", "kv.uniform"),
         effects={"kept_prompt_tokens": "down", "prefill_kv_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
         neutral={"keep": 1.0},

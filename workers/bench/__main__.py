@@ -1,0 +1,58 @@
+"""Speed of the engine on this machine: medians and 95 % intervals of ratios. No time is demanded, only told.
+
+The last line of each bench is one JSON object.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from importlib import import_module
+
+import psutil
+import typer
+
+from studio_state.errors import StudioError
+from workers.bench.plan import Plan
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory pass would print a line at every start and stop of the profiler
+
+
+class Bench(StrEnum):
+    """Names of the benches; each is a module of this package."""
+
+    GENERATE = "generate"
+    LEAN_DECODE = "lean-decode"
+    DYNAMIC_INT8 = "dynamic-int8"
+    INT4_LEAN = "int4-lean"
+    SAME_LANE = "same-lane"
+
+
+def main(
+    only: list[Bench] = typer.Option([], help="run this bench alone; may be given several times"),
+    quick: bool = typer.Option(False, help="three pairs of short runs: whether everything works, not how fast"),
+    model: str = typer.Option("smollm2-135m", help="zoo id, Hub id or folder"),
+    threads: int = typer.Option(0, min=0, help="CPU threads; 0 = all cores"),
+) -> None:
+    from workers.bench.report import heading
+
+    plan = Plan(model, threads or psutil.cpu_count(logical=False) or 1)
+    plan = plan.quick() if quick else plan
+    for name in only or list(Bench):
+        module = import_module(f"workers.bench.{name.value.replace('-', '_')}")
+        print(f"== {name.value}: {(module.__doc__ or '').splitlines()[0]}\n{heading(plan)}", flush=True)
+        try:
+            module.bench(plan)
+        except StudioError as e:
+            print(f"{name.value}: {e}", file=sys.stderr)
+            raise typer.Exit(1) from e
+
+
+main.__doc__ = __doc__
+
+if __name__ == "__main__":
+    typer.run(main)

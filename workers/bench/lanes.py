@@ -1,0 +1,94 @@
+"""Races through the real engine: lanes interleaved in one process, ratios as the studio shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from studio_state.errors import StudioError
+from studio_state.events import Failed, LaneFinished, Metric, Ratio
+from studio_state.experiment import ExperimentSpec, WorkloadSpec
+from studio_state.pipeline import Pipeline, parse_pipeline
+from studio_state.stats import Interval
+from workers.bench.plan import Plan
+from workers.bench.report import json_line, ratio_line
+from workers.engine import run
+from workers.host import ModelHost
+
+SPEED = "decode_tokens_per_s"
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """One lane of a race.
+
+    Attributes:
+        speeds: decoded tokens per second, one a repetition.
+        ratio: to the baseline (lane 0), from interleaved pairs; None for the baseline.
+        same_output: share of repetitions whose text equals the baseline's.
+    """
+
+    pipeline: str
+    speeds: list[float]
+    ratio: Interval | None
+    same_output: float | None
+
+
+def race(plan: Plan, lanes: Sequence[str], dtype: str = "float32", host: ModelHost | None = None) -> list[LaneResult]:
+    """Run pipelines against the baseline, ``plan.pairs`` times each in rotating order.
+
+    Args:
+        lanes: one-line pipelines; the baseline comes first by itself unless it is named.
+        host: keeps the model loaded between races.
+
+    Raises:
+        StudioError: the experiment or one of its lanes failed; the message is the engine's.
+    """
+    options = {"items": 1, "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens}
+    pipelines = [Pipeline(), *map(parse_pipeline, lanes)]
+    spec = ExperimentSpec(
+        model=plan.model,
+        workload=WorkloadSpec(id="speed", options=options),
+        lanes=tuple(pipelines),
+        dtype=dtype,  # type: ignore[arg-type]
+        threads=plan.threads,
+        repeats=plan.pairs,
+    )
+    speeds: list[list[float]] = [[] for _ in pipelines]
+    ratios: dict[int, Interval] = {}
+    same: dict[int, float] = {}
+    for event in run(spec, host):
+        if isinstance(event, Failed):
+            raise StudioError(event.message)
+        if isinstance(event, LaneFinished) and event.status != "finished":
+            raise StudioError(f"{pipelines[event.lane].text()}: {event.message}")
+        if isinstance(event, Metric) and event.name == SPEED and event.item is not None and event.value is not None:
+            speeds[event.lane].append(event.value)
+        if isinstance(event, Metric) and event.name == "same_output" and event.item is None and event.value is not None:
+            same[event.lane] = event.value
+        if isinstance(event, Ratio) and event.name == SPEED:
+            ratios[event.lane] = Interval(event.value, event.low, event.high, event.n)
+    return [LaneResult(p.text(), speeds[i], ratios.get(i), same.get(i)) for i, p in enumerate(pipelines)]
+
+
+def against_baseline(bench: str, plan: Plan, pipeline: str, dtype: str = "float32") -> None:
+    """Race one pipeline against the baseline and print the result."""
+    base, lane = race(plan, [pipeline], dtype)
+    tell(bench, plan, base, lane, dtype)
+
+
+def tell(bench: str, plan: Plan, base: LaneResult, lane: LaneResult, dtype: str) -> None:
+    """Print medians, the ratio and the JSON line of one comparison."""
+    medians = {"baseline": median(base.speeds), "lane": median(lane.speeds)}
+    if lane.ratio is None:
+        raise StudioError(f"the engine gave no ratio for {lane.pipeline}")
+    print(f"baseline {dtype}: {medians['baseline']:.1f} tokens/s (median of {len(base.speeds)})")
+    print(
+        f"{lane.pipeline}: {medians['lane']:.1f} tokens/s (median of {len(lane.speeds)}); same text as the baseline: {lane.same_output == 1}"
+    )
+    print(ratio_line(f"{lane.pipeline} / baseline", lane.ratio))
+    r = lane.ratio
+    print(
+        json_line(bench, plan, pipeline=lane.pipeline, dtype=dtype, medians=medians, ratio=r.value, low=r.low, high=r.high, n=r.n)
+    )
