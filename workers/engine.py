@@ -91,7 +91,7 @@ def _run(
         raise SpecError(found)
     pipelines = [effective(p) for p in spec.lanes]
     estimate = plan.estimate(spec, info, device)
-    fitting = [plan.lane_fits(estimate, policies) for policies in pipelines]
+    fitting = [plan.lane_fits(estimate, policies, plan.weight_bits(spec, info, device)) for policies in pipelines]
     yield ModelLoaded(info=info, estimate=estimate, fits_baseline=fitting[0])
     if not any(fitting):
         raise StudioError(plan.too_large(info, estimate))
@@ -140,7 +140,7 @@ def _race(
                 yield from lane.farewell()
     lanes = race.live()
     if together is None:
-        together = plan.fit_together(estimate, lanes)
+        together = plan.fit_together(estimate, lanes, 8 * session.dtype.itemsize)
         if not together:
             yield Note(
                 text="the lanes do not fit into memory together: they run one after the other, not interleaved", level="warning"

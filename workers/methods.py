@@ -57,8 +57,12 @@ class Policy(Declared):
     def prepare(self, session: Session) -> None:
         """Build what takes long (packed weights), once per experiment, outside every timing."""
 
-    def weight_factor(self) -> float:
-        """Expected weight bytes over the baseline's, for the memory estimate before loading."""
+    def weight_factor(self, bits: int) -> float:
+        """Expected weight bytes over the baseline's, for the memory estimate before loading.
+
+        Args:
+            bits: of one weight of the baseline.
+        """
         return 1.0
 
     def kv_factor(self) -> float:

@@ -33,22 +33,31 @@ def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> Mem
     )
 
 
-def lane_bytes(estimate: MemoryEstimate, policies: Sequence[Policy]) -> int:
-    """Bytes a lane needs by itself."""
-    weights = prod(p.weight_factor() for p in policies)
+def weight_bits(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> int:
+    """Bits of one weight of the baseline."""
+    return 8 * torch_dtype(spec.dtype, info.dtype, str(device)).itemsize
+
+
+def lane_bytes(estimate: MemoryEstimate, policies: Sequence[Policy], bits: int) -> int:
+    """Bytes a lane needs by itself.
+
+    Args:
+        bits: of one weight of the baseline.
+    """
+    weights = prod(p.weight_factor(bits) for p in policies)
     kv = prod(p.kv_factor() for p in policies)
     return int(estimate.weight_bytes * weights + estimate.kv_bytes * kv + estimate.activation_bytes)
 
 
-def lane_fits(estimate: MemoryEstimate, policies: Sequence[Policy]) -> bool:
+def lane_fits(estimate: MemoryEstimate, policies: Sequence[Policy], bits: int) -> bool:
     """True if the lane fits by itself."""
-    return lane_bytes(estimate, policies) <= estimate.free_bytes
+    return lane_bytes(estimate, policies, bits) <= estimate.free_bytes
 
 
-def fit_together(estimate: MemoryEstimate, lanes: Sequence[Lane]) -> bool:
+def fit_together(estimate: MemoryEstimate, lanes: Sequence[Lane], bits: int) -> bool:
     """True if the base weights and every lane's own replacements fit at the same time."""
     extra = sum(
-        estimate.weight_bytes * prod(p.weight_factor() for p in lane.policies)
+        estimate.weight_bytes * prod(p.weight_factor(bits) for p in lane.policies)
         for lane in lanes
         if any(p.card.alters_weights for p in lane.policies)
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from studio_state.errors import StudioError, WorkloadError
+from studio_state.errors import ModelError, StudioError, WorkloadError
 from studio_state.events import Event, ItemStarted, Kept, LaneStarted, Note, Output, Phase, Tokens
 from workers.families.base import RunTrace, StepResult
 from workers.lanes import Lane, live
@@ -96,12 +96,20 @@ class Race:
         item = Item(id="warmup", prompt_ids=ids, max_new_tokens=new, ignore_eos=True)
         began, before = time.perf_counter(), 0.0
         with self.session.having(spec=self.session.spec.model_copy(update={"max_new_tokens": new, "chunk_size": None})):
+            self._try_out(item)
             for _ in range(WARMUP_RUNS):
                 trace = self.session.family.begin(self.session, [item])
                 seconds = sum(step.seconds for step in self.session.family.run(self.session, trace))
                 if abs(seconds - before) < 0.05 * seconds or time.perf_counter() - began > WARMUP_SECONDS:
                     return
                 before = seconds
+
+    def _try_out(self, item: Item) -> None:
+        """Look at a few distributions before anything is timed or shown."""
+        family = self.session.family
+        given = family.begin(self.session, [item])
+        given.results[0].token_ids = list(item.prompt_ids[: item.max_new_tokens])
+        require_numbers(family.follow(self.session, given.items, given))
 
     # -- the items -------------------------------------------------------------------------
     def run(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
@@ -176,23 +184,20 @@ class Race:
         """Distance of every lane's distributions and outputs from the baseline's, untimed."""
         family, key = self.session.family, batch_key(batch)
         generates = batch[0].task == "generate"
-        if 0 in traces:
-            self.references[key] = self._followed(self.lanes[0], batch, traces[0], traces[0]) if generates else traces[0]
-        reference = self.references.get(key)
-        if reference is None:
-            return
-        for index, trace in traces.items():
-            lane = self.lanes[index]
+        for index, trace in sorted(traces.items()):  # the baseline first: the others follow its outputs
+            lane, reference = self.lanes[index], traces[0] if index == 0 else self.references.get(key)
+            if reference is None:
+                continue
+            try:
+                followed = self._followed(lane, batch, reference, trace) if generates else trace
+                require_numbers(followed)
+            except Cancelled:
+                raise
+            except Exception as e:
+                yield from self._lane_failed(lane, e)
+                continue
             if index == 0:
-                followed = reference
-            else:
-                try:
-                    followed = self._followed(lane, batch, reference, trace) if generates else trace
-                except Cancelled:
-                    raise
-                except Exception as e:
-                    yield from self._lane_failed(lane, e)
-                    continue
+                self.references[key] = reference = followed
             for item, values in zip(batch, family.compare(reference, followed), strict=True):
                 for name, value in values.items():
                     yield lane.sample(name, value, item.id)
@@ -202,7 +207,7 @@ class Race:
                     yield lane.sample("first_divergence", float(same), mine.item.id)
                     yield lane.sample("same_output", float(mine.token_ids == theirs.token_ids), mine.item.id)
         for trace in traces.values():
-            if trace is not reference:
+            if trace is not self.references.get(key):
                 trace.logits = []
         if len(traces) == len(live(self.lanes)):  # no other block will ask for it
             self.references.pop(key, None)
@@ -266,6 +271,19 @@ class Race:
             raise error
         lane.give_up("failed", message)
         yield from lane.farewell()
+
+
+def require_numbers(trace: RunTrace) -> None:
+    """Refuse distributions that are none: without this, a broken lane would agree with a broken baseline.
+
+    Raises:
+        ModelError: a log-probability is NaN.
+    """
+    if any(bool(logits.isnan().any()) for logits in trace.logits):
+        raise ModelError(
+            "the model's output is not a number (NaN) in this lane: its weights are damaged, or a number overflowed; "
+            "run it with --dtype float32, with other knobs, or fetch the model again"
+        )
 
 
 class Teller:

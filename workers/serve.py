@@ -57,18 +57,28 @@ class Server:
         self.closed = False
 
     def loop(self, lines: Iterable[str]) -> None:
-        """Say hello, then serve until stdin closes or a shutdown arrives."""
+        """Say hello, then serve until stdin closes or a shutdown arrives.
+
+        Where the device cannot be used, a failure is told instead of the hello, and nothing is served.
+        """
+        try:
+            hello = self._hello()
+        except StudioError as e:
+            Writer(self.out, first=0).write(Failed(message=str(e), phase="start"))
+            return
+        Writer(self.out, first=0).write(hello)
+        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
+        while (request := self.requests.get())["op"] != "shutdown":
+            self._serve(request)
+
+    def _hello(self) -> Hello:
         torch_device = pick_device(self.device)
-        hello = Hello(
+        return Hello(
             device=str(torch_device),
             environment=environment(torch_device),
             unavailable=self.host.unavailable(),
             free_bytes=free_memory(str(torch_device)),
         )
-        Writer(self.out, first=0).write(hello)
-        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
-        while (request := self.requests.get())["op"] != "shutdown":
-            self._serve(request)
 
     def _read(self, lines: Iterable[str]) -> None:
         for line in lines:

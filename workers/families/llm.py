@@ -162,7 +162,7 @@ class LanguageFamily:
             if session.info.context and len(ids) + new > session.info.context:
                 raise WorkloadError(
                     f"item {item.id}: {len(ids)} prompt tokens and {new} new ones exceed the context of "
-                    f"{session.info.context} tokens of {session.info.name}; shorten the prompt"
+                    f"{session.info.context} tokens of {session.info.name}; shorten the prompt or ask for fewer new tokens"
                 )
             trace.prompts.append(prompt)
             trace.pieces.append([session.processor.decode([t]) for t in ids])

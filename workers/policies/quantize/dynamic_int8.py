@@ -81,9 +81,9 @@ class DynamicInt8(Policy):
             return None
         return DynamicInt8Linear(quantise(matrix_of(source).detach()), bias_of(source), self.activations == "token")
 
-    def weight_factor(self) -> float:
-        """8 bits for 32."""
-        return 8 / 32
+    def weight_factor(self, bits: int) -> float:
+        """8 bits a weight over those of the baseline."""
+        return 8 / bits
 
 
 def quantise(weight: Tensor) -> Tensor:

@@ -70,6 +70,6 @@ class RoundToNearest(Policy):
             )
         return Int4Linear.of(source, self.group_size)
 
-    def weight_factor(self) -> float:
-        """Bits stored over those of a 16-bit baseline (an upper bound for a 32-bit one)."""
-        return 8 / 16 if self.bits == 8 else (4 + 32 / self.group_size) / 16
+    def weight_factor(self, bits: int) -> float:
+        """Bits stored, scales and zero points included, over those of the baseline."""
+        return (8 if self.bits == 8 else 4 + 32 / self.group_size) / bits
