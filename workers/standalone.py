@@ -33,7 +33,9 @@ def main(settings: dict[str, Any], arguments: Sequence[str] | None = None) -> in
         settings: written by the export: ``model``, ``revision``, ``spec``, ``info``, ``policies`` (module, class and
             knobs each, in the order in which they act) and ``recorded`` (prompt, pieces, token_ids of each item).
     """
-    parser = argparse.ArgumentParser(description=f"The pipeline {settings['pipeline']} on {settings['model']}, exported by Pareto Studio.")
+    parser = argparse.ArgumentParser(
+        description=f"The pipeline {settings['pipeline']} on {settings['model']}, exported by Pareto Studio."
+    )
     parser.add_argument("--model", default=settings["model"], help="folder, GGUF file or Hub id (default: %(default)s)")
     parser.add_argument("--device", default=settings["spec"]["device"], help="cpu, cuda ... (default: %(default)s)")
     parser.add_argument("--prompt", help="a prompt of your own instead of the recorded ones")
@@ -112,7 +114,9 @@ def replay(session: Session, policies: Sequence[Any], recorded: Sequence[dict[st
         with session.having(spec=session.spec.model_copy(update={"max_new_tokens": len(wanted)})):
             tokens, text = generate(session, policies, Item(id=entry["item"], prompt_ids=tuple(ids), ignore_eos=True))
         alike += tokens == wanted
-        print(f"{entry['item']}: {'the same tokens as recorded' if tokens == wanted else 'other tokens than recorded'}\n{text}\ntokens: {tokens}")
+        print(
+            f"{entry['item']}: {'the same tokens as recorded' if tokens == wanted else 'other tokens than recorded'}\n{text}\ntokens: {tokens}"
+        )
     print(f"{alike} of {len(recorded)} outputs have the recorded tokens")
     return alike == len(recorded)
 
@@ -127,4 +131,6 @@ def encoded(tokenizer: Any, entry: dict[str, Any]) -> list[int]:
         ids = list(tokenizer(entry["prompt"], add_special_tokens=special)["input_ids"])
         if [tokenizer.decode([t]) for t in ids] == entry["pieces"]:
             return ids
-    raise WorkloadError(f"item {entry['item']}: the tokenizer cuts the prompt in another way than in the record; give --model the same model")
+    raise WorkloadError(
+        f"item {entry['item']}: the tokenizer cuts the prompt in another way than in the record; give --model the same model"
+    )

@@ -220,7 +220,7 @@ def test_a_model_that_fits_only_compressed_still_runs(host: ModelHost, tiny_llam
 def test_lanes_that_do_not_fit_together_run_in_blocks(host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = race(host, tiny_llama, "rtn:bits=8", "knorm")
     estimate = of(together, ModelLoaded)[0].estimate
-    monkeypatch.setenv("PARETO_STUDIO_MEMORY_LIMIT", str(estimate.total + estimate.weight_bytes // 4))
+    monkeypatch.setenv("PARETO_STUDIO_MEMORY_LIMIT", str(estimate.total + estimate.weight_bytes // 8))
     blocks = race(host, tiny_llama, "rtn:bits=8", "knorm")
     assert [e.interleaved for e in of(together, LaneFinished)] == [True, True, True]
     assert [e.interleaved for e in of(blocks, LaneFinished)] == [False, False, False]
