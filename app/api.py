@@ -21,12 +21,12 @@ def build(ctx: Context) -> None:
     def run(
         model: str,
         workload: str,
-        lanes: list,
-        options: dict | None = None,
-        settings: dict | None = None,
+        lanes: list[Any],
+        options: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         device: str = "cpu",
         request: gr.Request | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Start an experiment. The baseline is always lane 0.
 
         Args:
@@ -46,7 +46,7 @@ def build(ctx: Context) -> None:
             experiment = start(ctx, spec, owner, origin="api")
             return {"experiment": experiment, "cancel_token": ctx.dispatch.cancel_token(experiment, owner)}
 
-    def get_status(experiment: str) -> dict:
+    def get_status(experiment: str) -> dict[str, Any]:
         """How an experiment stands: status, share done, seconds left, and every lane's metrics and ratios so far.
 
         Args:
@@ -66,7 +66,7 @@ def build(ctx: Context) -> None:
             ctx.dispatch.cancel(experiment, cancel_token)
             return "cancelling"
 
-    def get_catalog() -> dict:
+    def get_catalog() -> dict[str, Any]:
         """All policies and workloads with their knobs and options as JSON Schema."""
         return ctx.catalog.model_dump(mode="json")
 

@@ -178,20 +178,47 @@ def replay(
 ) -> None:
     """Run the experiment of a document again and say which metrics are the same.
 
-    Exit status 0: all lanes finished, and every count, size and quality is the same; speed may differ.
+    Exit status 0: all lanes finished, and every count, size, quality and output is the same; speed may differ.
     """
-    from app.cli_replay import compare, comparison_table, read_card
+    from app.cli_replay import comparison_table, read_card
     from app.cli_table import wide_console
+    from studio_state.paths import DataDir
+    from studio_state.replay import compare_runs
+    from studio_state.runcard_record import export_card
 
     spec, before = read_card(card)
-    now, status = _run_checked(spec, data_dir, wait, json_file, "replay")
-    rows = compare(before, now)
-    wide_console().print(comparison_table(rows))
-    differ = [r for r in rows if r.verdict == "different" and r.binding]
-    print(
-        f"{sum(r.verdict == 'same' for r in rows)} of {len(rows)} metrics are the same; {len(differ)} that should be the same differ"
-    )
-    raise typer.Exit(status or int(bool(differ) or not rows))
+    report, status = _run_checked(spec, data_dir, wait, json_file, "replay")
+    now = export_card(DataDir.at(data_dir), report["experiment"]["id"])
+    found = compare_runs(before, now.document())
+    wide_console().print(comparison_table(found.rows, found.ratios))
+    print("\n".join(found.sentences()))
+    raise typer.Exit(status or int(found.verdict != "same"))
+
+
+@cli.command()
+def claim(
+    name: Annotated[str | None, typer.Argument(metavar="[ID]", help="Id of the claim; without one, all are listed.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the claims.")] = False,
+    model: Annotated[str | None, typer.Option(help="Another model than the claim's own.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    wait: Annotated[bool, typer.Option(help="Wait while another process uses the device.")] = True,
+    as_json: JsonFlag = False,
+    data_dir: DataOption = None,
+) -> None:
+    """Check a paper's headline here: run its lanes, judge them, keep the verdict.
+
+    Exit status: 0 whatever the verdict, 1 if a run failed, 2 refused, 130 Ctrl-C.
+    """
+    from app.cli_claim import run_claim, show_claims
+    from studio_state.claims import find_claim
+    from studio_state.paths import DataDir
+
+    if name is None or show_list:
+        return show_claims(as_json)
+    found = find_claim(name)
+    from app.dispatch.runner import Settings
+
+    raise typer.Exit(run_claim(found, DataDir.at(data_dir).open(), Settings(wait_for_device=wait), model, device, as_json))
 
 
 @cli.command()

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from app.cli_spec import make_spec
-from app.cli_table import metric_order
 from app.components.numbers import metric_quantity, ratio_text
 from studio_state.errors import SpecError
 from studio_state.experiment import ExperimentSpec
-from studio_state.metrics import METRICS
-
-SPEED_TOLERANCE = 0.10
-QUALITY_TOLERANCE = 1e-4
-PROCESS_TOLERANCE = 0.05
-_OF_THE_PROCESS = ("worker_rss_bytes", "peak_memory_bytes", "peak_activation_bytes")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric of one lane, then and now.
-
-    Attributes:
-        allowed: in words, what still counts as the same.
-        binding: a difference means that the result was not reproduced (speed differs from machine to machine).
-    """
-
-    lane: int
-    metric: str
-    before: float | None
-    now: float | None
-    verdict: Literal["same", "different"]
-    allowed: str
-    binding: bool
+from studio_state.replay import Compared
+from studio_state.runcard import is_card
+from studio_state.runcard import read_card as read_run_card
 
 
 def read_card(path: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
     """The spec and the whole of a ``--json`` document or run card.
 
     Raises:
-        SpecError: no such file, or no experiment in it.
+        SpecError: no such file, no experiment in it, or a run card that is newer, changed or too large.
     """
+    if _is_run_card(path):
+        sealed = read_run_card(path)
+        return sealed.experiment.spec, sealed.document()
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -58,38 +38,22 @@ def read_card(path: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
     return make_spec(spec), card
 
 
-def compare(before: dict[str, Any], now: dict[str, Any]) -> list[Compared]:
-    """All metrics that both documents have, lane by lane."""
-    found: list[Compared] = []
-    for old, new in zip(before.get("lanes", []), now["lanes"], strict=False):
-        for name in metric_order([old, new]):
-            if name in old["metrics"] and name in new["metrics"]:
-                found.append(_compared(new["lane"], name, old["metrics"][name], new["metrics"][name]))
-    return found
+def _is_run_card(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return is_card(file.read(4096))
+    except OSError:  # the reader of documents says what is wrong
+        return False
 
 
-def _compared(lane: int, name: str, before: float | None, now: float | None) -> Compared:
-    group = METRICS[name].group if name in METRICS else "count"
-    tolerance = {"speed": SPEED_TOLERANCE, "quality": QUALITY_TOLERANCE}.get(
-        group, PROCESS_TOLERANCE if name in _OF_THE_PROCESS else 0.0
-    )
-    if before is None or now is None:
-        same = before is now
-    else:
-        same = math.isclose(before, now, rel_tol=tolerance, abs_tol=QUALITY_TOLERANCE if group == "quality" else 0.0)
-    allowed = f"within {tolerance:.0%}" if tolerance >= 0.01 else f"within {tolerance:g}" if tolerance else "equal"
-    return Compared(
-        lane, name, before, now, "same" if same else "different", allowed, group in ("quality", "count") or tolerance == 0
-    )
-
-
-def comparison_table(rows: list[Compared]) -> Table:
-    """Then, now and the verdict."""
+def comparison_table(rows: Sequence[Compared], ratios: Sequence[Compared] = ()) -> Table:
+    """Then, now and the verdict; the ratios to the reference lane last."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("lane", "metric", "then", "now", "now / then", "verdict", "same means"):
         table.add_column(title, justify="left" if title in ("metric", "verdict", "same means") else "right", no_wrap=True)
-    for row in rows:
-        ratio = ratio_text(row.now / row.before) if row.before and row.now is not None else "–"
-        values = (str(metric_quantity(row.metric, v)) for v in (row.before, row.now))
-        table.add_row(str(row.lane), row.metric, *values, ratio, row.verdict, row.allowed)
+    for row in (*rows, *ratios):
+        times = ratio_text(row.now / row.before) if row.before and row.now is not None else "–"
+        show = ratio_text if row in ratios else lambda v, name=row.metric: str(metric_quantity(name, v))
+        name = f"{row.metric} / reference" if row in ratios else row.metric
+        table.add_row(str(row.lane), name, show(row.before), show(row.now), times, row.verdict, row.allowed)
     return table

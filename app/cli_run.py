@@ -49,7 +49,7 @@ def run_and_show(
     if any(lane["metrics"] for lane in report["lanes"]):
         print_result(report)
     for remark in remarks(report):
-        errors.print(remark, style="yellow", markup=False)
+        errors.print(remark, style="yellow", markup=False, soft_wrap=True)
     if json_file:
         write_json(json_file, report)
     return report, _conclude(report, interrupted, errors)
@@ -73,7 +73,7 @@ def watch(dispatch: Dispatch, experiment: str, errors: Console) -> tuple[list[Ev
                 events.append(event)
                 race.feed([event])
                 if isinstance(event, Note):
-                    progress.console.print(event.text, style="yellow" if event.level == "warning" else "dim", markup=False)
+                    progress.console.print(event.text, style="yellow" if event.level == "warning" else "dim", markup=False, soft_wrap=True)
                 done = race.progress()
                 progress.update(task, description=_phase(race), total=None if done is None else 1.0, completed=done or 0.0)
 

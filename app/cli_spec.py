@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,16 +10,8 @@ from pydantic import ValidationError
 from studio_state.catalog import Catalog
 from studio_state.errors import SpecError
 from studio_state.experiment import MAX_LANES, ExperimentSpec
-from studio_state.pipeline import Pipeline, parse_pipeline, split_outside_quotes, sweep
+from studio_state.pipeline import Pipeline, parse_pipeline, scalar, split_outside_quotes, sweep
 from studio_state.problems import Problem, problems
-
-
-def parse_value(text: str) -> Any:
-    """A number, true, false, null, list or quoted text as JSON reads it; anything else is the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +25,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         name, sign, value = setting.partition("=")
         if not sign or not name.strip():
             raise SpecError(f"cannot read --set {setting!r}: write name=value, for example --set items=20")
-        found[name.strip()] = parse_value(value)
+        found[name.strip()] = scalar(value)
     return found
 
 
@@ -51,7 +42,7 @@ def parse_sweep(text: str) -> tuple[str, str, list[Any]]:
         raise SpecError(
             f"cannot read --sweep {text!r}: write policy.knob=value,value, for example --sweep snapkv.keep=0.1,0.25,0.5"
         )
-    return policy, knob, [parse_value(v) for v in parts]
+    return policy, knob, [scalar(v) for v in parts]
 
 
 def build_lanes(lanes: Sequence[str], sweeps: Sequence[str]) -> list[Pipeline]:

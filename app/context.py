@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from app.recent import Recent
 from app.saved import SavedPipelines
 from studio_state.catalog import Catalog
 from studio_state.paths import DataDir
+from studio_state.spool import is_alive
+from studio_state.store import Store
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Context:
         local_paths: whether models and workload files may be opened by a path on this machine. Off where other
             people can reach the page.
         known: ids of experiments in the record, newest first.
+        host_token: lets the person who started the studio cancel any experiment; empty = nobody.
+        store: the record; None where only running is wanted.
     """
 
     catalog: Catalog
@@ -35,16 +40,26 @@ class Context:
     local_paths: bool = True
     known: Iterable[str] = ()
     tokens: Tokens = field(default_factory=Tokens)
+    store: Store | None = None
+    host_token: str = ""
 
     def __post_init__(self) -> None:
         self.recent = Recent(self.known)
-        self.races = Races(self.dispatch.since, self.dispatch.place, self.jobs)
+        self.races = Races(self.dispatch.since, self.dispatch.place, self.jobs, self.abandoned)
         self.models = ModelBook(self.dispatch)
         self.saved = SavedPipelines(self.data.root / "pipelines")
 
     def jobs(self) -> list[dict[str, Any]]:
         """The latest experiments for the list on the page: id, what it is, how it stands."""
         return self.recent.jobs(self.races)
+
+    def abandoned(self, experiment: str) -> bool:
+        """True if no living process, this one included, runs or records this experiment."""
+        return self.dispatch.place(experiment) is None and not is_alive(self.data.spool(experiment))
+
+    def is_host(self, token: str) -> bool:
+        """True for the token of the person who started the studio."""
+        return bool(self.host_token) and hmac.compare_digest(token.encode(), self.host_token.encode())
 
     def unavailable(self, device: str) -> dict[str, str]:
         """Method id -> why it cannot run on this device; empty until its worker has said hello."""

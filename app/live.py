@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app import race_charts, race_view
+from app import race_charts, race_outputs, race_view
 from app.dispatch.job import owner_mark
 from app.race import Race
 from studio_state.events import Event
@@ -36,29 +37,42 @@ CLOSE_REFUSED = 4403
 Since = Callable[[str, int], Iterable[Event]]
 
 
+@dataclass(frozen=True)
+class Visitor:
+    """Who looks at a page.
+
+    Attributes:
+        owner: the browser's secret, under which it submits experiments.
+        host: the person who started the studio; may cancel any experiment.
+    """
+
+    owner: str = ""
+    host: bool = False
+
+    def may_cancel(self, race: Race) -> bool:
+        """True if this is who started the race, or the host."""
+        return self.host or (bool(self.owner) and race.owner == owner_mark(self.owner))
+
+
 class Tokens:
-    """Tokens of open pages, each with the secret of its browser; the oldest are forgotten."""
+    """Tokens of open pages, each with who asks; the oldest are forgotten."""
 
     def __init__(self, most: int = MAX_TOKENS):
-        self._known: OrderedDict[str, str] = OrderedDict()
+        self._known: OrderedDict[str, Visitor] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
 
-    def issue(self, owner: str = "") -> str:
-        """A new token for a page.
-
-        Args:
-            owner: the browser's secret, under which it submits experiments.
-        """
+    def issue(self, visitor: Visitor) -> str:
+        """A new token for a page."""
         token = secrets.token_urlsafe(24)
         with self._lock:
-            self._known[token] = owner
+            self._known[token] = visitor
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
         return token
 
-    def owner(self, token: str) -> str | None:
-        """The secret given with the token; None for a token never issued, or forgotten. Using a token keeps it."""
+    def visitor(self, token: str) -> Visitor | None:
+        """Who the token was given to; None for a token never issued, or forgotten. Using a token keeps it."""
         with self._lock:
             if token not in self._known:
                 return None
@@ -73,10 +87,17 @@ class Races:
         since: events of an experiment with the given ``seq`` or later.
         place: place in the queue, 0 = in hand, 1 = next; None = neither.
         jobs: experiments that wait, run or ended last, for the list on the page.
+        abandoned: True if no living process runs or records an experiment.
     """
 
-    def __init__(self, since: Since, place: Callable[[str], int | None], jobs: Callable[[], list[dict[str, Any]]]):
-        self._since, self._place, self.jobs = since, place, jobs
+    def __init__(
+        self,
+        since: Since,
+        place: Callable[[str], int | None],
+        jobs: Callable[[], list[dict[str, Any]]],
+        abandoned: Callable[[str], bool],
+    ):
+        self._since, self._place, self.jobs, self._abandoned = since, place, jobs, abandoned
         self._races: OrderedDict[str, Race] = OrderedDict()
         self._texts: dict[tuple[str, str, str | None], tuple[int, str]] = {}
         self._lock = threading.Lock()
@@ -89,22 +110,28 @@ class Races:
     def _caught_up(self, experiment: str) -> Race | None:
         race = self._races.get(experiment) or Race(experiment)
         if not race.over:
+            gone = self._abandoned(experiment)  # asked first: an end that comes in between is then still read
             race.feed(self._since(experiment, race.seq + 1))
+            if gone and not race.over and race.seq >= 0:
+                race.interrupt()
+                self._forget_texts(experiment)
         if race.seq < 0:
             return None
         self._races[experiment] = race
         self._races.move_to_end(experiment)
         while len(self._races) > MAX_RACES:
-            gone, _ = self._races.popitem(last=False)
-            self._texts = {k: v for k, v in self._texts.items() if k[0] != gone}
+            self._forget_texts(self._races.popitem(last=False)[0])
         return race
+
+    def _forget_texts(self, experiment: str) -> None:
+        self._texts = {k: v for k, v in self._texts.items() if k[0] != experiment}
 
     def finished(self) -> list[Race]:
         """The races at hand that are over, newest first."""
         with self._lock:
-            return [race for race in reversed(self._races.values()) if race.over]
+            return sorted((r for r in self._races.values() if r.over), key=lambda r: r.experiment, reverse=True)
 
-    def sections(self, experiment: str, item: str | None, owner: str = "") -> dict[str, str]:
+    def sections(self, experiment: str, item: str | None, visitor: Visitor) -> dict[str, str]:
         """Section name -> JSON text. Sections that did not change since the last look are not made again."""
         with self._lock:
             race = self._caught_up(experiment)
@@ -116,8 +143,7 @@ class Races:
                     "over": True,
                 }
                 return {"head": _dump(missing)}
-            mine = bool(owner) and race.owner == owner_mark(owner)
-            out = {"head": _dump(race_view.head(race, time.time(), self._place(experiment)) | {"mine": mine})}
+            out = {"head": _dump(race_view.head(race, time.time(), self._place(experiment)) | {"mine": visitor.may_cancel(race)})}
             for name, make in _SECTIONS.items():
                 key = (experiment, name, item)
                 seq, text = self._texts.get(key, (-2, ""))
@@ -130,9 +156,9 @@ class Races:
 
 _SECTIONS: dict[str, Callable[[Race, str | None], Any]] = {
     "lanes": lambda race, item: race_view.lanes(race),
-    "streams": race_view.streams,
+    "streams": race_outputs.streams,
     "charts": race_charts.charts,
-    "kept": race_view.kept,
+    "kept": race_outputs.kept,
     "table": lambda race, item: race_view.table(race),
 }
 
@@ -144,8 +170,8 @@ def _dump(value: Any) -> str:
 class Viewer:
     """What one page looks at, and what it has already been told."""
 
-    def __init__(self, races: Races, owner: str = ""):
-        self._races, self._owner = races, owner
+    def __init__(self, races: Races, visitor: Visitor):
+        self._races, self._visitor = races, visitor
         self._told: dict[str, str] = {}
         self.experiment = ""
         self.item: str | None = None
@@ -163,7 +189,7 @@ class Viewer:
         """The sections that changed since the last call, as one JSON object; empty if none did."""
         now = {"jobs": _dump(self._races.jobs())}
         if self.experiment:
-            now |= self._races.sections(self.experiment, self.item, self._owner)
+            now |= self._races.sections(self.experiment, self.item, self._visitor)
         changed = {name: text for name, text in now.items() if self._told.get(name) != text}
         self._told |= changed
         return "{" + ",".join(f'"{name}":{text}' for name, text in changed.items()) + "}" if changed else ""
@@ -180,13 +206,13 @@ def routes(tokens: Tokens, races: Races) -> list[BaseRoute]:
     """The routes to be added to the server."""
 
     async def live(socket: WebSocket) -> None:
-        owner = tokens.owner(socket.path_params["token"])
-        if owner is None or not same_host(socket):
+        visitor = tokens.visitor(socket.path_params["token"])
+        if visitor is None or not same_host(socket):
             await socket.accept()
             await socket.close(CLOSE_REFUSED, "this page is not known to the studio; reload it")
             return
         await socket.accept()
-        viewer = Viewer(races, owner)
+        viewer = Viewer(races, visitor)
         listener = asyncio.create_task(_listen(socket, viewer))
         try:
             while not listener.done():
@@ -201,10 +227,10 @@ def routes(tokens: Tokens, races: Races) -> list[BaseRoute]:
 
     async def poll(request: Request) -> Response:
         allowed = "origin" not in request.headers or same_host(request)
-        owner = tokens.owner(request.path_params["token"])
-        if owner is None or not allowed:
+        visitor = tokens.visitor(request.path_params["token"])
+        if visitor is None or not allowed:
             return JSONResponse({"error": "this page is not known to the studio; reload it"}, status_code=403)
-        viewer = Viewer(races, owner)
+        viewer = Viewer(races, visitor)
         viewer.ask({"watch": request.query_params.get("watch", ""), "item": request.query_params.get("item")})
         return Response(await asyncio.to_thread(viewer.news) or "{}", media_type="application/json")
 

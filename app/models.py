@@ -11,6 +11,7 @@ from studio_state.events import ModelLoaded
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
 
 LOOK_UP_S = 45.0
+PENDING = "…"
 
 
 class ModelBook:
@@ -59,6 +60,12 @@ def choices() -> list[tuple[str, str]]:
     return [(f"{e.title} · {e.family}", e.id) for e in zoo.entries()]
 
 
+def pending_rows(info: ModelInfo) -> list[tuple[str, str]]:
+    """Facts of a model while the worker is asked for the rest; places are kept, so that nothing jumps."""
+    found = dict([*model_rows(info), ("Memory, estimated", ""), ("Free", "")])
+    return [(label, text or PENDING) for label, text in found.items()]
+
+
 def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     """Facts of a model for the page; what is not known is empty."""
     shape = f"{info.layers} layers, width {info.hidden}, {info.heads} heads ({info.kv_heads} for KV)" if info.layers else ""
@@ -80,7 +87,7 @@ def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
     return [
         ("Memory, estimated", f"{byte_quantity(estimate.total)} ({parts})"),
         (
-            "Free on " + estimate.device,
-            str(byte_quantity(estimate.free_bytes)) + ("" if estimate.fits else ": the baseline does not fit"),
+            "Free",
+            f"{byte_quantity(estimate.free_bytes)} on {estimate.device}{'' if estimate.fits else ': the baseline does not fit'}",
         ),
     ]

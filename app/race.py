@@ -6,105 +6,13 @@ The same fold serves the live page, the ``status`` endpoint and a reload: feed i
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+from app.race_parts import Item, Lane, Stream, Value
 from studio_state import events as ev
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
-from studio_state.metrics import METRICS
-
-
-@dataclass
-class Stream:
-    """What one lane made of one item.
-
-    Attributes:
-        ids: token ids, one tuple per piece of text.
-        pieces: the text of each tuple.
-        at: seconds since the item began, one per token.
-        outcome: the ``Output`` event, once the item is done.
-    """
-
-    ids: list[tuple[int, ...]] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    at: list[float] = field(default_factory=list)
-    outcome: ev.Output | None = None
-
-    def tokens_per_s(self) -> float | None:
-        """Tokens after the first over the time since the first; None before the second token."""
-        return (len(self.at) - 1) / (self.at[-1] - self.at[0]) if len(self.at) > 1 and self.at[-1] > self.at[0] else None
-
-
-@dataclass
-class Item:
-    """One item of the workload, the same for all lanes.
-
-    Attributes:
-        index, of: its place among the items.
-        pieces: the prompt, token by token.
-        streams: lane -> what it made of the item.
-        kept: lane -> which prompt tokens it kept.
-    """
-
-    id: str
-    index: int = 0
-    of: int = 0
-    prompt: str = ""
-    pieces: list[str] = field(default_factory=list)
-    streams: dict[int, Stream] = field(default_factory=dict)
-    kept: dict[int, ev.Kept] = field(default_factory=dict)
-
-
-@dataclass
-class Value:
-    """A metric of a lane, so far or final.
-
-    Attributes:
-        samples: (item, repeat) -> value, where the metric is taken per item.
-        final: the value of the lane as a whole, once the worker gave it.
-    """
-
-    name: str
-    source: str = "measured"
-    samples: dict[tuple[str, int], float] = field(default_factory=dict)
-    final: float | None = None
-    is_final: bool = False
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-
-    def value(self) -> float | None:
-        """The final value, else the summary of the samples so far."""
-        return self.final if self.is_final else summarize(self.name, list(self.samples.values()))
-
-
-@dataclass
-class Lane:
-    """One lane of the race."""
-
-    order: str = ""
-    started: bool = False
-    interleaved: bool = True
-    status: str = "waiting"
-    message: str = ""
-    flags: list[str] = field(default_factory=list)
-    values: dict[str, Value] = field(default_factory=dict)
-    ratios: dict[str, ev.Ratio] = field(default_factory=dict)
-    items_begun: int = 0
-    items_done: set[tuple[str, int]] = field(default_factory=set)
-
-
-def summarize(name: str, samples: Sequence[float]) -> float | None:
-    """One number from the values of the items, the way ``METRICS`` says; None where that is not defined."""
-    if not samples:
-        return None
-    kind = METRICS[name].summary if name in METRICS else "median"
-    if kind == "given":
-        return None
-    if kind == "last":
-        return samples[-1]
-    return float({"median": statistics.median, "mean": statistics.fmean, "max": max, "sum": sum}[kind](samples))
 
 
 @dataclass
@@ -112,7 +20,7 @@ class Race:
     """An experiment as it stands after the events up to ``seq``.
 
     Attributes:
-        status: ``queued``, ``running``, ``finished``, ``failed`` or ``cancelled``.
+        status: ``queued``, ``running``, ``finished``, ``failed``, ``cancelled``, or ``interrupted`` (nobody records it any more).
         current: id of the item that began last; ``running_lane`` the lane that works on it.
     """
 
@@ -125,6 +33,7 @@ class Race:
     submitted_at: float | None = None
     started_at: float | None = None
     first_item_at: float | None = None
+    last_done_at: float | None = None
     ended_at: float | None = None
     message: str = ""
     model: ModelInfo | None = None
@@ -132,7 +41,7 @@ class Race:
     fits_baseline: bool = True
     phase: ev.Phase | None = None
     notes: list[ev.Note] = field(default_factory=list)
-    problems: list[dict] = field(default_factory=list)
+    problems: list[dict[str, Any]] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
     items: dict[str, Item] = field(default_factory=dict)
     current: str | None = None
@@ -141,7 +50,12 @@ class Race:
     @property
     def over(self) -> bool:
         """True once nothing more will happen."""
-        return self.status in ev.TERMINAL
+        return self.status in ev.TERMINAL or self.status == "interrupted"
+
+    def interrupt(self) -> None:
+        """Nobody runs it any more, though it never ended: its process was killed, or the machine went down."""
+        _end(self, ev.Event(t=self.ended_at or self.last_done_at or self.started_at or self.submitted_at or 0.0), "interrupted",
+             "The process that ran this was ended before it finished; what was measured before is kept.")  # fmt: skip
 
     def feed(self, events: Iterable[ev.Event]) -> bool:
         """Apply events newer than ``seq``, in order; returns True if there were any."""
@@ -177,11 +91,15 @@ class Race:
         return min(1.0, sum(len(lane.items_done) for lane in self.lanes) / total) if total else None
 
     def eta(self, now: float) -> float | None:
-        """Seconds left, from the pace of the items so far; None while there is nothing to go by."""
+        """Seconds left, from the pace up to the last finished item; None while there is nothing to go by.
+
+        It counts down between items; an item that takes longer than the others holds it at a tenth of the rest.
+        """
         done = self.progress()
-        if self.over or not done or self.first_item_at is None:
+        if self.over or not done or self.first_item_at is None or self.last_done_at is None:
             return None
-        return max(0.0, (now - self.first_item_at) * (1 - done) / done)
+        rest = (self.last_done_at - self.first_item_at) * (1 - done) / done
+        return max(rest - (now - self.last_done_at), rest / 10)
 
 
 def _ignore(race: Race, event: ev.Event) -> None:
@@ -249,6 +167,7 @@ def _ratio(race: Race, e: ev.Ratio) -> None:
 def _output(race: Race, e: ev.Output) -> None:
     race.stream(e.item, e.lane).outcome = e
     race.lane(e.lane).items_done.add((e.item, e.repeat))
+    race.last_done_at = e.t
 
 
 def _kept(race: Race, e: ev.Kept) -> None:
@@ -280,7 +199,7 @@ def _end(race: Race, e: ev.Event, status: str, message: str) -> None:
             lane.status = "cancelled" if status == "cancelled" else "not finished"
 
 
-_FOLD = {
+_FOLD: dict[type[ev.Event], Callable[[Race, Any], None]] = {
     ev.Submitted: _submitted,
     ev.Started: _started,
     ev.ModelLoaded: _model,

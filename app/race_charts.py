@@ -7,7 +7,9 @@ from typing import Any
 from app.components.lanes import lane_colour, lane_letter, lane_mark
 from app.components.numbers import digits, interval_text, metric_quantity, metric_title, ratio_text
 from app.race import Race
-from app.race_view import name_of, stream_of, verdict
+from app.race_names import name_of
+from app.race_outputs import stream_of
+from app.race_view import verdict
 from studio_state.metrics import METRICS
 
 Chart = dict[str, Any]
@@ -150,7 +152,7 @@ def ratios(race: Race) -> Chart | None:
                     }
                     for i, r in entries
                 ],
-            }  # fmt: skip
+            }
         )
         table_rows += [
             [
@@ -173,12 +175,12 @@ def ratios(race: Race) -> Chart | None:
         "y": "",
         "rows": rows,
         "summary": _ratio_summary(race),
-        "table": {"head": ["Metric", "Lane", "Ratio", "95 % interval", "n", ""], "rows": table_rows},
+        "table": {"head": ["Metric", "Lane", "Ratio", "95 % interval", "n", "Verdict"], "rows": table_rows},
     }
 
 
 def _ratio_summary(race: Race) -> str:
-    parts = []
+    parts: list[str] = []
     for name, word in (
         ("decode_tokens_per_s", "decode speed"),
         ("score_tokens_per_s", "scoring speed"),

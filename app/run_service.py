@@ -7,6 +7,7 @@ from typing import Any
 
 from app.compose import make_spec, path_problems, read_lanes
 from app.context import Context
+from app.live import Visitor
 from app.race import Race
 from app.race_view import head, table
 from studio_state.errors import SpecError, StudioError
@@ -116,13 +117,14 @@ def lane_numbers(race: Race, lane: int) -> dict[str, Any]:
     }
 
 
-def cancel_as_owner(ctx: Context, experiment: str, owner: str) -> str:
-    """Cancel for the session that started it; returns a sentence.
+def cancel_for(ctx: Context, experiment: str, visitor: Visitor) -> str:
+    """Cancel for the session that started it, or for the host; returns a sentence.
 
     Raises:
         StudioError: somebody else started it, or it has ended.
     """
-    ctx.dispatch.cancel(experiment, ctx.dispatch.cancel_token(experiment, owner))
+    token = ctx.host_token if visitor.host else ctx.dispatch.cancel_token(experiment, visitor.owner)
+    ctx.dispatch.cancel(experiment, token)
     return "Cancelling: what was measured so far is kept."
 
 

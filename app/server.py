@@ -9,21 +9,22 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-from app import api  # noqa: E402
-from app.components import page_assets  # noqa: E402
-from app.components.theme import theme  # noqa: E402
-from app.context import Context  # noqa: E402
-from app.dispatch.local import LocalDispatch  # noqa: E402
-from app.dispatch.runner import Settings  # noqa: E402
-from app.live import routes  # noqa: E402
-from app.views import studio  # noqa: E402
-from studio_state.catalog import Catalog  # noqa: E402
-from studio_state.paths import DataDir  # noqa: E402
-from studio_state.store import Store  # noqa: E402
+from app import api
+from app.components import page_assets
+from app.components.theme import theme
+from app.context import Context
+from app.dispatch.local import LocalDispatch
+from app.dispatch.runner import Settings
+from app.live import routes
+from app.views import compare, library, studio
+from studio_state.catalog import Catalog
+from studio_state.errors import Unavailable
+from studio_state.paths import DataDir
+from studio_state.store import Store
 
-VIEWS = (studio,)
+VIEWS = (studio, compare, library)
 MAX_THREADS = 200
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -31,42 +32,48 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 def build(context: Context) -> gr.Blocks:
     """The page: one tab a view, and the public endpoints."""
     with gr.Blocks(title="Pareto Studio", analytics_enabled=False, fill_width=True) as page:
+        api.build(context)  # first, so that no handler of a view takes the name of an endpoint
         gr.Markdown("# Pareto Studio", elem_id="page-title")
         with gr.Tabs():
             for view in VIEWS:
                 with gr.Tab(view.TITLE):
                     view.build(context)
-        api.build(context)
     return page
 
 
-def launch(page: gr.Blocks, context: Context, host: str, port: int | None, auth: tuple[str, str] | None, block: bool) -> None:
-    """Open the port and serve the page.
+def launch(page: gr.Blocks, context: Context, host: str, port: int | None, auth: tuple[str, str] | None) -> str:
+    """Open the port and serve the page from threads of this process; returns its address.
 
     Args:
         port: None = the first free one from 7860 on.
-        block: stay here until Ctrl-C.
+
+    Raises:
+        Unavailable: the port is taken.
     """
     page.queue(max_size=256, default_concurrency_limit=8)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        auth=auth,
-        share=False,
-        quiet=True,
-        show_error=True,
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        footer_links=["api"],
-        max_threads=MAX_THREADS,
-        theme=theme(),
-        head=page_assets.head(),
-        css_paths=page_assets.css_paths(),
-        app_kwargs={"routes": routes(context.tokens, context.races)},
-        prevent_thread_lock=not block,
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            auth=auth,
+            share=False,
+            quiet=True,
+            show_error=True,
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            footer_links=["api"],
+            max_threads=MAX_THREADS,
+            theme=theme(),
+            head=page_assets.head(),
+            css_paths=page_assets.css_paths(),
+            app_kwargs={"routes": routes(context.tokens, context.races)},
+            prevent_thread_lock=True,
+        )
+    except OSError as e:
+        raise Unavailable(f"port {port or 'from 7860 on'} cannot be opened on {host} ({e}); choose another with --port") from e
+    return str(address)
 
 
 def serve(
@@ -98,11 +105,17 @@ def serve(
             catalog=catalog or Catalog.load(),
             dispatch=dispatch,
             data=data,
+            host_token=dispatch.host_token,
             devices=tuple(devices),
             local_paths=host in LOCAL_HOSTS if local_paths is None else local_paths,
             known=[row.id for row in store.experiments(limit=8)],
+            store=store,
         )
         page = build(context)
+        address = launch(page, context, host, port, auth)
         dispatch.warm()
-        print(f"Pareto Studio: http://{host}:{port or 7860}", flush=True)
-        launch(page, context, host, port, auth, block=True)
+        print(
+            f"Pareto Studio: {address}\nTo cancel anybody's runs, open it as the host: {address}?host={dispatch.host_token}",
+            flush=True,
+        )
+        page.block_thread()

@@ -66,7 +66,9 @@ def ratio_between(metric: str, lane: LaneResults, against: LaneResults) -> Estim
     if min(*x, *y) <= 0:
         return Estimate(None, n=len(x), why_not="a ratio needs values above 0")
     if METRICS[metric].group == "speed" and not (lane.interleaved and against.interleaved):
-        return Estimate(ratio_interval(x, y).value, n=len(x), why_not="the lanes did not run in turn, so their times have no common interval")
+        return Estimate(
+            ratio_interval(x, y).value, n=len(x), why_not="the lanes did not run in turn, so their times have no common interval"
+        )
     return _with_interval(ratio_interval(x, y))
 
 
@@ -92,7 +94,11 @@ def _alone(metric: str, lane: LaneResults) -> Estimate:
     if is_exact(metric):
         return _exact(lane.value(metric))
     samples = list(lane.samples.get(metric, {}).values())
-    return _with_interval(paired_bootstrap(samples, [0.0] * len(samples))) if samples else Estimate(None, why_not="the metric was not taken")
+    return (
+        _with_interval(paired_bootstrap(samples, [0.0] * len(samples)))
+        if samples
+        else Estimate(None, why_not="the metric was not taken")
+    )
 
 
 def _exp(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticSerializationError
 
 from studio_state.pipeline import Pipeline
 
@@ -86,6 +87,14 @@ class ExperimentSpec(BaseModel):
     def _reference_exists(self) -> ExperimentSpec:
         if self.reference >= len(self.lanes):
             raise ValueError(f"reference is lane {self.reference}, but there are {len(self.lanes)} lanes (0 = baseline)")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> ExperimentSpec:
+        try:
+            self.model_dump_json()
+        except PydanticSerializationError as e:
+            raise ValueError("a text in the experiment is binary data, not valid Unicode; write plain text") from e
         return self
 
     def digest(self) -> str:

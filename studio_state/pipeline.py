@@ -73,15 +73,16 @@ def _step_text(step: Step) -> str:
 
 
 def _value_text(value: Any) -> str:
-    if isinstance(value, str) and not re.search(r"[+,:=\"\[\]{}\s]", value) and _scalar(value) == value:
+    if isinstance(value, str) and not re.search(r"[+,:=\"\[\]{}\s]", value) and scalar(value) == value:
         return value
     return json.dumps(value, separators=(",", ":"))
 
 
-def _scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
+    """A number, true, false, null, list or quoted text as JSON reads it; anything else is the text itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, nested without end
         return text
 
 
@@ -129,7 +130,7 @@ def parse_pipeline(text: str) -> Pipeline:
             name, sign, value = pair.partition("=")
             if not sign or not name.strip() or not value.strip():
                 raise SpecError(f"cannot read knob {pair.strip()!r} of {policy}: write name=value, for example keep=0.5")
-            knobs[name.strip()] = _scalar(value.strip())
+            knobs[name.strip()] = scalar(value.strip())
         steps.append(Step(policy=policy, knobs=knobs))
     return Pipeline(steps=tuple(steps))
 

@@ -6,6 +6,7 @@ A pure function over data: the screen calls it while one edits, the worker calls
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from studio_state.catalog import Card, Catalog
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from studio_state.pipeline import Pipeline, Step
 from studio_state.resources import RESOURCES, Use, clashes
+
+_SHOWN_CHARS = 120  # of a refused value
 
 
 class Mend(BaseModel):
@@ -74,12 +77,19 @@ def schema_problems(values: Mapping[str, Any], schema: Mapping[str, Any], what: 
             allowed = ", ".join(props) or "none"
             found.append((name, f"{what} has no knob {name!r}; {nearest(name, list(props))}allowed: {allowed}"))
     known = {k: v for k, v in values.items() if k in props}
+    for name in [k for k, v in known.items() if isinstance(v, float) and not math.isfinite(v)]:  # NaN passes every bound
+        found.append((name, f"{what}: {name} = {known.pop(name)} is not allowed; allowed: {describe_range(props[name])}"))
     for error in Draft202012Validator({**schema, "required": []}).iter_errors(known):
         name = str(error.path[0]) if error.path else ""
         found.append(
-            (name, f"{what}: {name} = {error.instance!r} is not allowed; allowed: {describe_range(props.get(name, {}))}")
+            (name, f"{what}: {name} = {_shown(error.instance)} is not allowed; allowed: {describe_range(props.get(name, {}))}")
         )
     return list(dict.fromkeys(found))  # a value may break several rules of one knob
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
 
 
 def describe_range(prop: Mapping[str, Any]) -> str:
@@ -268,6 +278,14 @@ def problems(
                     message=f"workload {card.id} is for {', '.join(card.families)} models; {model.name} is of family {model.family}"
                 )
             )
+    if spec.isolate and spec.reference and len(spec.lanes) > 2:
+        found.append(
+            Problem(
+                message=f"isolated lanes race the baseline only, but the reference is lane {spec.reference}; "
+                "take lane 0 as the reference, or run the lanes in one process",
+                mend=Mend(action="experiment", knob="reference", value=0, label="Compare with the baseline"),
+            )
+        )
     for lane, pipeline in enumerate(spec.lanes):
         found += pipeline_problems(
             pipeline,

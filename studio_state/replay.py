@@ -17,7 +17,13 @@ SPEED_TOLERANCE = 0.10
 QUALITY_TOLERANCE = 1e-4
 PROCESS_TOLERANCE = 0.05
 _OF_THE_PROCESS = ("worker_rss_bytes", "peak_memory_bytes", "peak_activation_bytes")
-_SETUP = {"python": "Python", "device_name": "device", "device": "device name", "threads": "number of CPU threads", "platform": "system"}
+_SETUP = {
+    "python": "Python",
+    "device": "device",
+    "device_name": "processor",
+    "threads": "number of CPU threads",
+    "platform": "system",
+}
 Same = Literal["same", "different"]
 Document = Mapping[str, Any]
 
@@ -150,13 +156,21 @@ def _digest(output: Document) -> str:
 def set_up(before: Document, now: Document) -> list[str]:
     """What differs in request, model, items, versions and device: one sentence each."""
     old, new = before.get("experiment", {}), now.get("experiment", {})
-    found = [f"asked for differently: {k} was {a!r}, is {b!r}" for k, a, b in _changes(old.get("spec") or {}, new.get("spec") or {})]
+    found = [
+        f"asked for differently: {k} was {a!r}, is {b!r}" for k, a, b in _changes(old.get("spec") or {}, new.get("spec") or {})
+    ]
     for name, text in (("model_digest", "the model's file is another one"), ("workload_digest", "the items are other ones")):
         if old.get(name) and new.get(name) and old[name] != new[name]:
             found.append(f"{text}: {str(old[name])[:12]} then, {str(new[name])[:12]} now")
     was, is_ = old.get("environment") or {}, new.get("environment") or {}
-    found += [f"another {words}: {was[k]} then, {is_[k]} now" for k, words in _SETUP.items() if k in was and k in is_ and was[k] != is_[k]]
-    found += [f"another version of {k}: {a} then, {b} now" for k, a, b in _changes(was.get("versions") or {}, is_.get("versions") or {})]
+    found += [
+        f"another {words}: {was[k]} then, {is_[k]} now"
+        for k, words in _SETUP.items()
+        if k in was and k in is_ and was[k] != is_[k]
+    ]
+    found += [
+        f"another version of {k}: {a} then, {b} now" for k, a, b in _changes(was.get("versions") or {}, is_.get("versions") or {})
+    ]
     found += [f"other load {when}: {e['other_load']}" for e, when in ((was, "then"), (is_, "now")) if e.get("other_load")]
     return found
 

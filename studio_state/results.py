@@ -15,7 +15,12 @@ from studio_state.experiment import ExperimentSpec, ModelInfo
 from studio_state.metrics import METRICS
 
 Key = tuple[str, int]  # (item, repeat)
-_REDUCE: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "mean": statistics.fmean, "max": max, "sum": sum}
+_REDUCE: dict[str, Callable[[list[float]], float]] = {
+    "median": statistics.median,
+    "mean": statistics.fmean,
+    "max": max,
+    "sum": sum,
+}
 
 
 @dataclass

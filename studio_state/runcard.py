@@ -193,7 +193,9 @@ def _lane(spec: ExperimentSpec, index: int, lane: LaneResults) -> CardLane:
         interleaved=lane.interleaved,
         metrics={n: _finite(lane.value(n)) for n in names},
         sources={n: lane.values[n].source if n in lane.values else "measured" for n in names},
-        intervals={n: Spread(low=m.low, high=m.high, n=m.n) for n, m in lane.values.items() if m.low is not None or m.n is not None},
+        intervals={
+            n: Spread(low=m.low, high=m.high, n=m.n) for n, m in lane.values.items() if m.low is not None or m.n is not None
+        },
         ratios={n: RatioNumbers(value=r.value, low=r.low, high=r.high, n=r.n) for n, r in lane.ratios.items()},
         outputs=[_output(o) for o in lane.outputs.values()],
     )
@@ -227,7 +229,9 @@ def read_card(path: Path) -> RunCard:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise SpecError(f"{path.name} has {size / 1e6:,.0f} MB; a run card has at most {MAX_BYTES / 1e6:,.0f} MB, so this is something else")
+            raise SpecError(
+                f"{path.name} has {size / 1e6:,.0f} MB; a run card has at most {MAX_BYTES / 1e6:,.0f} MB, so this is something else"
+            )
         with open(path, "rb") as file:
             return card_from_bytes(file.read(MAX_BYTES + 1), path.name)
     except OSError as e:
@@ -245,7 +249,9 @@ def card_from_bytes(raw: bytes, name: str = "this file") -> RunCard:
     head = raw[:_HEAD_BYTES]
     found = _VERSION.search(head.decode("utf-8", "replace"))
     if found and int(found[1]) > VERSION:
-        raise SpecError(f"{name} is a run card of version {found[1]}; this studio reads version {VERSION}: update it, then import again")
+        raise SpecError(
+            f"{name} is a run card of version {found[1]}; this studio reads version {VERSION}: update it, then import again"
+        )
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -260,13 +266,21 @@ def card_from_data(data: Any, name: str = "this file") -> RunCard:
         SpecError: no run card, from a newer version, or not as it was sealed.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("version"), int):
-        raise SpecError(f"{name} is no run card: it does not say format {FORMAT!r} and a version; give a file that was exported as one")
+        raise SpecError(
+            f"{name} is no run card: it does not say format {FORMAT!r} and a version; give a file that was exported as one"
+        )
     if data["version"] > VERSION:
-        raise SpecError(f"{name} is a run card of version {data['version']}; this studio reads version {VERSION}: update it, then import again")
+        raise SpecError(
+            f"{name} is a run card of version {data['version']}; this studio reads version {VERSION}: update it, then import again"
+        )
     if data.get("sha256") != seal(data):
-        raise SpecError(f"{name} was changed after it was exported: its content does not match its sha256; ask for the original file")
+        raise SpecError(
+            f"{name} was changed after it was exported: its content does not match its sha256; ask for the original file"
+        )
     try:
         return RunCard.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
-        raise SpecError(f"{name} is a damaged run card: {'.'.join(map(str, first['loc']))}: {first['msg']}; export it again") from e
+        raise SpecError(
+            f"{name} is a damaged run card: {'.'.join(map(str, first['loc']))}: {first['msg']}; export it again"
+        ) from e

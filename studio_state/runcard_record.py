@@ -69,4 +69,6 @@ def _lane_events(lane: CardLane, t: dict[str, float]) -> Iterable[ev.Event]:
     for name, r in lane.ratios.items():
         yield ev.Ratio(lane=i, name=name, value=r.value, low=r.low, high=r.high, n=r.n or 0, **t)
     if lane.status in ("finished", "failed", "cancelled", "refused", "unavailable"):
-        yield ev.LaneFinished(lane=i, status=lane.status, flags=lane.flags, message=lane.message, interleaved=lane.interleaved, **t)
+        yield ev.LaneFinished(
+            lane=i, status=lane.status, flags=lane.flags, message=lane.message, interleaved=lane.interleaved, **t
+        )

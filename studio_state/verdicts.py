@@ -61,7 +61,9 @@ class CheckResult(BaseModel):
         found = "no number" if self.value is None else _number(self.value)
         if self.low is not None and self.high is not None and self.low != self.high:
             found += f" [{_number(self.low)} to {_number(self.high)}]"
-        return f"{self.outcome}: {self.text} ({self.metric} {found}; asked for {self.asked})" + (f": {self.reason}" if self.reason else "")
+        return f"{self.outcome}: {self.text} ({self.metric} {found}; asked for {self.asked})" + (
+            f": {self.reason}" if self.reason else ""
+        )
 
 
 class Verdict(BaseModel):
@@ -129,10 +131,14 @@ def _require_finished(claim: Claim, name: str, results: Results | None) -> None:
     if results is None:
         raise StudioError(f"claim {claim.id}: experiment {name} was not run; run all of them and judge again")
     if results.status != "finished":
-        raise StudioError(f"claim {claim.id}: experiment {name} ended as {results.status}: {results.message or 'no reason given'}; run it again")
+        raise StudioError(
+            f"claim {claim.id}: experiment {name} ended as {results.status}: {results.message or 'no reason given'}; run it again"
+        )
     for index, lane in enumerate(results.lanes):
         if lane.status not in ("finished", "unavailable"):
-            raise StudioError(f"claim {claim.id}: lane {index} of experiment {name} ended as {lane.status}: {lane.message}; run it again")
+            raise StudioError(
+                f"claim {claim.id}: lane {index} of experiment {name} ended as {lane.status}: {lane.message}; run it again"
+            )
 
 
 def _judge(check: Check, results: Mapping[str, Results], before: Mapping[str, CheckResult]) -> CheckResult:

@@ -16,7 +16,7 @@ from typing import IO, Any
 import app
 from app.dispatch.worker_log import WorkerLog
 from studio_state.errors import WorkerLost
-from studio_state.events import Event, Hello, Note, decode
+from studio_state.events import Event, Failed, Hello, Note, decode
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 MAX_FOREIGN_NOTES = 20
@@ -49,6 +49,7 @@ class WorkerClient:
 
     Attributes:
         hello: what the worker said of itself; ``greeted`` is set when it is there.
+        refusal: why it cannot work on its device, if it said that instead.
         exit_code: set before ``exited``; negative = signal.
 
     Raises:
@@ -64,6 +65,7 @@ class WorkerClient:
     ):
         self.log = worker_log
         self.hello: Hello | None = None
+        self.refusal = ""
         self.exit_code = 0
         self._foreign = 0
         self.greeted, self.exited = threading.Event(), threading.Event()
@@ -156,6 +158,8 @@ class WorkerClient:
         if isinstance(event, Hello):
             self.hello = event
             self.greeted.set()
+        elif isinstance(event, Failed) and not self.greeted.is_set():
+            self.refusal = event.message
         else:
             self._on_event(self, event)
 

@@ -257,6 +257,8 @@ def obituary(client: WorkerClient, when: str) -> str:
     Args:
         when: ``while it was starting``.
     """
+    if client.refusal:
+        return client.refusal
     code, kept = client.exit_code, "what was measured before is kept"
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from app.cli import read_auth, read_devices
-from app.cli_replay import compare, read_card
+from app.cli_replay import read_card
 from app.cli_spec import build_lanes, check, make_spec, parse_settings, parse_sweep
 from app.cli_table import remarks, result_table
 from app.report import all_finished, document
@@ -26,6 +26,7 @@ from studio_state.catalog import Card, Catalog, WorkloadCard
 from studio_state.errors import SpecError, StudioError
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from studio_state.pipeline import Pipeline
+from studio_state.replay import compare
 
 ROOT = Path(__file__).parents[2]
 REPLAY_WORKER = ROOT / "tests" / "worker" / "replay_worker.py"

@@ -1,0 +1,94 @@
+// One experiment, live: status, a column per lane, charts, the eviction map and the table.
+(() => {
+  const PS = window.ParetoStudio, { el, button } = PS;
+  const OWNER = 'pareto-studio-owner', WATCHED = 'pareto-studio-watched', HOST = 'pareto-studio-host';
+  const remember = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window: kept for this page only */ } };
+  const recall = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
+
+  PS.mountRace = (root, props, trigger, watch, server) => {
+    const part = (name) => root.querySelector(`.lr-${name}`), say = PS.announcer(part('status'));
+    const owner = recall(OWNER) || PS.secret();
+    remember(OWNER, owner);
+    const asked = new URLSearchParams(location.search), host = asked.get('host') || recall(HOST) || '';
+    if (asked.get('host')) {                                       // kept for this browser, out of the address bar and of links
+      remember(HOST, host);
+      asked.delete('host');
+      history.replaceState(null, '', `${location.pathname}${asked.size ? `?${asked}` : ''}`);
+    }
+    let data = {}, watching = '', item = null, spoken = '', lost = 'live', keptLane = null;
+
+    const feed = PS.liveFeed(root, {
+      open: async () => (await server.open_live({ owner, host })).token,
+      take: (sections) => { data = { ...data, ...sections }; Object.keys(sections).forEach((name) => dirty.add(name)); draw(); },
+      state: (how) => { if (how !== lost) { lost = how; dirty.add('head'); draw(); } },
+    });
+    const dirty = new Set(['jobs', 'head', 'lanes', 'streams', 'charts', 'kept', 'table']);
+
+    function look(experiment, push) {
+      if (experiment === watching) return;
+      watching = experiment;
+      item = null;
+      data = { jobs: data.jobs };
+      ['head', 'lanes', 'streams', 'charts', 'kept', 'table'].forEach((name) => dirty.add(name));
+      part('charts').replaceChildren();
+      remember(WATCHED, experiment);
+      if (push) props.value = { ...props.value, watch: experiment, owner };
+      feed.watch(experiment, item);
+      draw();
+    }
+    const choose = (id) => { item = id; feed.watch(watching, item); };
+
+    const draw = PS.framed(() => {
+      for (const name of dirty) drawers[name]?.();
+      dirty.clear();
+    });
+
+    const drawers = {
+      jobs() {
+        const jobs = (data.jobs || []).filter((j) => j.experiment !== watching);
+        const open = part('jobs').querySelector('details')?.open ?? !watching;
+        PS.redraw(part('jobs'), jobs, () => (jobs.length ? [el('details', { class: 'lr-others', open }, el('summary', {}, `Other runs on this studio (${jobs.length})`),
+          el('ul', { role: 'list' }, jobs.map((j) => el('li', {}, button(j.title, () => look(j.experiment, true), { class: 'lr-job', 'aria-label': `Watch ${j.title}` }), el('span', { class: 'ps-quiet' }, j.status)))))] : []));
+      },
+      head() {
+        const h = data.head, place = part('head');
+        if (!watching || !h) {
+          const text = watching ? 'Looking for the run…' : 'Nothing runs yet. Put a policy into a lane, or take an example, then press Run.';
+          PS.redraw(place, text, () => [el('p', { class: 'ps-empty' }, text)]);
+          return;
+        }
+        PS.redraw(place, [watching, h.over, h.mine], () => PS.raceHead(h, cancel));
+        PS.fillHead(place, h, lost);
+        const now = `${h.status}${h.message}`;
+        if (now !== spoken) { spoken = now; say(`${h.text}. ${h.message || ''}`); }
+        if (h.over && place.dataset.status !== h.status) trigger('stop');      // a new run to judge the time by
+        place.dataset.status = h.status;
+      },
+      lanes: () => PS.laneColumns(part('lanes'), data, choose),
+      streams: () => PS.laneTexts(part('lanes'), data, choose, item),
+      charts() {
+        const place = part('charts'), wanted = data.charts || [];
+        const figures = wanted.map((c) => PS.chart(c, place.querySelector(`[data-chart="${c.id}"]`)));
+        if (figures.some((f, i) => place.children[i] !== f) || place.children.length !== figures.length) place.replaceChildren(...figures);
+      },
+      kept: () => PS.evictionMap(part('kept'), data.kept, keptLane, (lane) => { keptLane = lane; drawers.kept(); }),
+      table: () => PS.raceTable(part('table'), data.table),
+    };
+
+    async function cancel() {
+      const answer = await server.cancel_run({ experiment: watching, owner, host });
+      say(answer.message);
+      part('head').append(el('p', { class: 'ps-note ps-note-info' }, answer.message));
+    }
+
+    watch('value', () => {
+      const value = props.value || {};
+      if (value.watch && value.watch !== watching) look(value.watch, false);
+      if (value.owner !== owner) props.value = { ...value, owner };
+    });
+    props.value = { ...(props.value || {}), owner };
+    const wanted = new URLSearchParams(location.search).get('e') || props.value.watch || recall(WATCHED);
+    if (wanted) look(wanted, true); else draw();
+    root.dataset.ready = '1';
+  };
+})();

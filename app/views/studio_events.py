@@ -1,0 +1,144 @@
+"""What happens on the studio page: every handler takes what stands on the page and returns what it shows next."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from app.components.facts import facts, notice
+from app.components.knob_form import form_value
+from app.compose import make_spec, path_problems, read_lanes, settings_schema
+from app.context import Context
+from app.estimate import estimate_seconds, estimate_text
+from app.models import memory_rows, model_rows, pending_rows
+from app.run_service import sentences, start
+from app.views.shared_link import link_of, read_link
+from studio_state.catalog import WorkloadCard
+from studio_state.errors import SpecError, StudioError
+from studio_state.experiment import ExperimentSpec
+
+Data = dict[str, Any]
+
+
+class OnPage(NamedTuple):
+    """What stands on the page, in the order of ``StudioPage.everything``."""
+
+    model: str
+    workload: str
+    options: Data
+    settings: Data
+    device: str
+    lanes: list[Data]
+
+    def spec(self) -> ExperimentSpec:
+        """The experiment.
+
+        Raises:
+            SpecError: it is not one yet.
+        """
+        return make_spec(self.model, self.workload, read_lanes(self.lanes), self.options, self.settings, self.device)
+
+    def spec_or_none(self) -> ExperimentSpec | None:
+        """The experiment, or None while what stands on the page is not one."""
+        try:
+            return self.spec()
+        except SpecError:
+            return None
+
+    def lane_names(self) -> list[str]:
+        """What the lanes that would run are called, baseline first."""
+        own = [p.get("name") or f"Lane {chr(65 + i)}" for i, p in enumerate(self.lanes) if p.get("steps")]
+        return ["Baseline", *own]
+
+
+def show_model(ctx: Context, model: str) -> Data:
+    """What is known of a model before the worker was asked."""
+    info = ctx.models.known(model or "")
+    return facts(pending_rows(info), info.note) if info else facts([], "Looking up this model…" if model else "Choose a model.")
+
+
+def show_workload(card: WorkloadCard) -> Data:
+    """What a workload does and which difference it can show."""
+    return facts([("What", card.summary), ("Shows", card.detects)])
+
+
+class StudioEvents:
+    """The handlers.
+
+    Args:
+        ctx: what they work with.
+    """
+
+    def __init__(self, ctx: Context):
+        self.ctx = ctx
+
+    def choose_model(self, model: str) -> Data:
+        """A model was chosen: show at once what is known of it."""
+        return show_model(self.ctx, model)
+
+    def look_up(self, *state: Any) -> Data:
+        """Ask the worker what the model is and what the experiment would need."""
+        on = OnPage(*state)
+        refused = [] if self.ctx.local_paths else path_problems(on.model or "", {}, "", self.ctx.catalog)
+        if refused or not on.model:
+            return facts([], sentences(SpecError(refused))[0] if refused else "Choose a model.", "warning")
+        try:
+            found = self.ctx.models.look_up(on.model, on.spec_or_none())
+        except StudioError as e:
+            info = self.ctx.models.known(on.model)
+            return facts(model_rows(info) if info else [], sentences(e)[0], "warning")
+        rows = [*model_rows(found.info), *memory_rows(found.estimate)]
+        return facts(rows, found.info.note, "info" if found.fits_baseline else "warning")
+
+    def choose_workload(self, workload: str) -> tuple[Data, Data]:
+        """A workload was chosen: what it does, and its options at their defaults."""
+        card = self.ctx.catalog.workload_by_id.get(workload)
+        return (show_workload(card), form_value(card.options)) if card else (facts([], "Choose a workload."), form_value({}))
+
+    def describe_workload(self, workload: str) -> Data:
+        """What the workload does, without touching its options."""
+        return self.choose_workload(workload)[0]
+
+    def setup(self, *state: Any) -> Any:
+        """What the editor checks its lanes against."""
+        on = OnPage(*[*state, []])
+        return gr.update(setup={k: v for k, v in on._asdict().items() if k != "lanes"})
+
+    def estimate(self, *state: Any) -> Data:
+        """How long it will take."""
+        spec = OnPage(*state).spec_or_none()
+        return facts([], estimate_text(estimate_seconds(spec, self.ctx.races.finished(), self.ctx.catalog)) if spec else "")
+
+    def mend_setting(self, settings: Data, event: gr.EventData) -> Data:
+        """A problem is mended by a setting of the experiment."""
+        return form_value(settings_schema(), {**settings, str(event.field): event.value})
+
+    def press_run(self, *state_and_live: Any) -> tuple[Any, Any]:
+        """Run was pressed: start the experiment and watch it, or say why not."""
+        *state, live = state_and_live
+        on = OnPage(*state)
+        try:
+            experiment = start(self.ctx, on.spec(), str(live.get("owner") or ""))
+        except StudioError as e:
+            return notice(sentences(e, on.lane_names()), "error"), gr.skip()
+        return notice(), {**live, "watch": experiment, "at": time.time()}
+
+    def make_link(self, *state: Any) -> Data:
+        """The link to what stands on the page."""
+        return {"packed": link_of(OnPage(*state)._asdict())}
+
+    def restore(self, request: gr.Request) -> tuple[Any, ...]:
+        """The page was opened: put in place what its link holds."""
+        text = dict(request.query_params).get("p")
+        untouched = [gr.skip()] * len(OnPage._fields)
+        if not text:
+            return (*untouched, notice())
+        try:
+            state = OnPage(**read_link(text, self.ctx))
+        except StudioError as e:
+            return (*untouched, notice(sentences(e), "error"))
+        options = form_value(self.ctx.catalog.workload_by_id[state.workload].options, state.options)
+        settings = form_value(settings_schema(), state.settings)
+        return (state.model, state.workload, options, settings, state.device, {"lanes": state.lanes}, notice())
