@@ -59,7 +59,7 @@ def latency_figure(history: History, picked: Sequence[Picked]) -> dict[str, Any]
     if not picked:
         return {"title": TITLE, "empty": "Pick runs above that generate tokens; their waits between two tokens are drawn here."}
     samples = {p: read_latencies(history, p.run.experiment).get(p.run.row.lane, []) for p in picked[:MOST_RUNS]}
-    given = {p: v for p, v in samples.items() if len(v) > 1}
+    given = {p: v for p, v in samples.items() if len(v) > 1 and max(v) > 0}  # scored text has no waits
     if not given:
         return {
             "title": TITLE,

@@ -7,6 +7,7 @@ import threading
 from app.components.numbers import byte_quantity, digits
 from app.dispatch.base import Dispatch
 from studio_state import zoo
+from studio_state.errors import DeviceBusy
 from studio_state.events import ModelLoaded
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
 
@@ -19,29 +20,33 @@ class ModelBook:
 
     def __init__(self, dispatch: Dispatch):
         self._dispatch = dispatch
-        self._found: dict[str, ModelInfo] = {}
+        self._found: dict[str, ModelLoaded] = {}
         self._lock = threading.Lock()
 
     def known(self, model: str) -> ModelInfo | None:
         """What is known now: the worker's words, else the zoo's; None for a model never looked at."""
         with self._lock:
             found = self._found.get(model.strip())
-        return found or zoo_info(model)
+        return found.info if found else zoo_info(model)
 
-    def look_up(self, model: str, spec: ExperimentSpec | None) -> ModelLoaded:
-        """Ask the worker. Blocks while it answers.
+    def look_up(self, model: str, spec: ExperimentSpec | None, device: str) -> ModelLoaded:
+        """Ask the worker, or, while it runs an experiment, remember what it said before. Blocks while it answers.
 
         Raises:
-            StudioError: it cannot be found, or the worker is busy.
+            DeviceBusy: it runs an experiment, and was never asked about this model.
+            StudioError: the model cannot be found or read.
         """
-        answer = self._dispatch.inspect(model.strip(), spec, spec.device if spec else None, LOOK_UP_S)
-        self.learn(model, answer.info)
-        return answer
-
-    def learn(self, model: str, info: ModelInfo) -> None:
-        """Remember what a worker said."""
+        name = model.strip()
+        if any(s.running for s in self._dispatch.status() if s.device == device):
+            with self._lock:
+                found = self._found.get(name)
+            if found is None:
+                raise DeviceBusy("the worker is busy with an experiment; more about this model is known when it is free")
+            return found
+        answer = self._dispatch.inspect(name, spec, device, LOOK_UP_S)
         with self._lock:
-            self._found[model.strip()] = info
+            self._found[name] = answer
+        return answer
 
 
 def zoo_info(model: str) -> ModelInfo | None:

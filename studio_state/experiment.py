@@ -7,7 +7,6 @@ import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticSerializationError
 
 from studio_state.pipeline import Pipeline
 
@@ -93,7 +92,7 @@ class ExperimentSpec(BaseModel):
     def _can_be_written(self) -> ExperimentSpec:
         try:
             self.model_dump_json()
-        except PydanticSerializationError as e:
+        except ValueError as e:  # pydantic cannot write it
             raise ValueError("a text in the experiment is binary data, not valid Unicode; write plain text") from e
         return self
 

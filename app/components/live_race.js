@@ -31,6 +31,8 @@
       data = { jobs: data.jobs };
       ['head', 'lanes', 'streams', 'charts', 'kept', 'table'].forEach((name) => dirty.add(name));
       part('charts').replaceChildren();
+      const others = part('jobs').querySelector('details');
+      if (others) others.open = false;
       remember(WATCHED, experiment);
       if (push) props.value = { ...props.value, watch: experiment, owner };
       feed.watch(experiment, item);

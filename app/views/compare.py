@@ -20,8 +20,7 @@ from app.components.history_table import HistoryTable
 from app.components.numbers import metric_title
 from app.components.vega_chart import VegaChart, vega_bundle
 from app.context import Context
-from app.run_service import sentences
-from studio_state.errors import SpecError, StudioError
+from studio_state.errors import StudioError
 from studio_state.runcard import MAX_BYTES
 from studio_state.store import Store
 
@@ -83,13 +82,17 @@ def _answering(name: str, work: Ask) -> Ask:
     def answer(request: Any) -> dict[str, Any]:
         try:
             return work(request)
-        except SpecError as e:
-            return {"error": sentences(e)[0]}
         except StudioError as e:
-            return {"error": str(e)[:1].upper() + str(e)[1:]}
+            return {"error": sentence_of(e)}
 
     answer.__name__ = name
     return answer
+
+
+def sentence_of(error: StudioError) -> str:
+    """An error as a sentence that begins with a capital, unless it begins with the name of a file."""
+    text = str(error)
+    return text if "." in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
 
 
 def _diff(ctx: Context, store: Store, request: Mapping[str, Any]) -> dict[str, Any]:

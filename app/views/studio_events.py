@@ -85,7 +85,7 @@ class StudioEvents:
         if refused or not on.model:
             return facts([], sentences(SpecError(refused))[0] if refused else "Choose a model.", "warning")
         try:
-            found = self.ctx.models.look_up(on.model, on.spec_or_none())
+            found = self.ctx.models.look_up(on.model, on.spec_or_none(), on.device)
         except StudioError as e:
             info = self.ctx.models.known(on.model)
             return facts(model_rows(info) if info else [], sentences(e)[0], "warning")
