@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from app.compare_runs import Picked
-from app.components.charts import sweep_chart
+from app.components.charts import Band, sweep_chart
 from app.components.lanes import LANE_COLOURS
 from app.components.numbers import metric_quantity, metric_title
 from studio_state.catalog import Catalog
@@ -60,8 +60,8 @@ def _order(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, str(value))
 
 
-def sweep_figure(picked: Sequence[Picked], catalog: Catalog, x: str | None, y: str | None) -> dict[str, Any]:
-    """The first knob's sweeps for two metrics, with a sentence and a table."""
+def sweep_figure(picked: Sequence[Picked], catalog: Catalog, x: str | None, y: str | None, band: Band | None = None) -> dict[str, Any]:
+    """The first knob's sweeps for two metrics, with a sentence and a table; ``band`` is the baseline's noise in both."""
     sweeps = find_sweeps(picked, catalog)
     metrics = [m for m in (x, y) if m]
     if not sweeps or not metrics:
@@ -70,10 +70,11 @@ def sweep_figure(picked: Sequence[Picked], catalog: Catalog, x: str | None, y: s
     same = [s for s in sweeps if (s.policy, s.knob) == (policy, knob)]
     frames = {m: sweep_frame(same, m, baselines(picked, m)) for m in metrics}
     title = catalog.by_id[policy].title if policy in catalog.by_id else policy
+    noise = {str(x): (band.x_low, band.x_high), str(y): (band.y_low, band.y_high)} if band else {}
     others = sorted({f"{s.policy}: {s.knob}" for s in sweeps if (s.policy, s.knob) != (policy, knob)})
     return {
         "title": TITLE,
-        "specs": [sweep_chart(f, f"{title}: {knob}", m) for m, f in frames.items() if not f.empty],
+        "specs": [sweep_chart(f, f"{title}: {knob}", m, noise.get(m)) for m, f in frames.items() if not f.empty],
         "summary": " ".join(filter(None, (_trend(frames[m], f"{title}'s {knob}", m) for m in metrics))) or f"{title}'s {knob} was varied.",
         "warning": f"The picked runs also vary {', '.join(others)}; pick fewer runs to see those curves." if others else "",
         "table": _table(same, knob, metrics),

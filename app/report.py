@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from app.race import Lane, Race, Value
+from app.race import Race
+from app.race_parts import Lane, Value
 from studio_state.events import Event, Finished, Output, Started
 
 DOCUMENT_VERSION = 1

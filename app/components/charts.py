@@ -18,7 +18,6 @@ from studio_state.metrics import METRICS
 Spec = dict[str, Any]
 HEIGHT = 320
 NAMED_POINTS = 14  # with more, names overlap; the table has them
-NARROW = 480  # pixels of a chart below which no names are drawn
 _SCALES = {"bytes": (1e6, "MB"), "s": (1e3, "ms")}
 INK, QUIET = "var(--ps-ink)", "var(--ps-quiet)"
 
@@ -91,12 +90,17 @@ def pareto_chart(frame: pd.DataFrame, x: str, y: str, band: Band | None) -> Spec
 
 
 def _names(data: pd.DataFrame, xs: alt.X, ys: alt.Y) -> list[alt.Chart]:
-    """Names beside the points, in turn above and below, so that neighbours do not cover each other."""
+    """Names beside the points, in turn above and below, so that neighbours do not cover each other.
+
+    The browser leaves out layers whose name begins with ``wide`` where the chart is narrow.
+    """
     ordered = data.sort_values(["y", "x"])
-    dim = alt.OpacityValue(1.0, condition=[{"test": f"width < {NARROW}", "value": 0.0}, {"test": "datum.dim", "value": 0.75}])
+    dim = alt.condition("datum.dim", alt.value(0.75), alt.value(1.0))
     return [
-        alt.Chart(part).mark_text(align="left", dx=10, dy=dy, fontSize=11, limit=200, color=INK).encode(x=xs, y=ys, text="name:N", opacity=dim)
-        for part, dy in ((ordered.iloc[::2], -10), (ordered.iloc[1::2], 11))
+        alt.Chart(part, name=f"wide_{side}")
+        .mark_text(align="left", dx=10, dy=dy, fontSize=11, limit=200, color=INK)
+        .encode(x=xs, y=ys, text="name:N", opacity=dim)
+        for side, part, dy in (("above", ordered.iloc[::2], -10), ("below", ordered.iloc[1::2], 11))
         if len(part)
     ]
 
@@ -114,8 +118,9 @@ def _band_layers(band: Band | None, kx: float, ky: float) -> list[alt.Chart]:
     return layers
 
 
-def sweep_chart(frame: pd.DataFrame, knob: str, metric: str) -> Spec:
-    """One metric against one knob, a line a sweep. Frame: ``sweep knob value colour mark name base``; ``base`` is the baseline's value."""
+def sweep_chart(frame: pd.DataFrame, knob: str, metric: str, noise: tuple[float, float] | None = None) -> Spec:
+    """One metric against one knob, a line a sweep. Frame: ``sweep knob value colour mark name base``; ``base`` is the baseline's value,
+    ``noise`` the range in which it may lie by chance."""
     k = scaled(metric)[0]
     numeric = pd.api.types.is_numeric_dtype(frame["knob"]) and not pd.api.types.is_bool_dtype(frame["knob"])
     data = frame.assign(value=frame["value"] * k, base=frame["base"] * k)
@@ -126,6 +131,9 @@ def sweep_chart(frame: pd.DataFrame, knob: str, metric: str) -> Spec:
     colour = alt.Color("colour:N", scale=None, legend=None)
     tip = [alt.Tooltip("name:N", title="Run"), alt.Tooltip("value:Q", title=metric_title(metric), format=".4~g")]
     layers: list[Any] = []
+    if noise is not None:
+        span = pd.DataFrame([{"low": noise[0] * k, "high": noise[1] * k}])
+        layers.append(alt.Chart(span).mark_rect(color=INK, opacity=0.07).encode(y="low:Q", y2="high:Q"))
     if data["base"].notna().any():
         layers.append(alt.Chart(data).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2).encode(y=alt.Y("mean(base):Q"), detail="sweep:N"))
     layers += [base.mark_line(strokeWidth=2).encode(detail="sweep:N", color=colour), base.mark_text(fontSize=15).encode(text="mark:N", color=colour, tooltip=tip)]

@@ -32,6 +32,7 @@
       const embed = await load(props.bundle);
       if (!holder.isConnected || !holder.clientWidth) return;
       const sized = { ...structuredClone(spec), width: Math.max(220, holder.clientWidth), autosize: { type: 'fit', contains: 'padding' } };
+      if (sized.width < 480 && sized.layer) sized.layer = sized.layer.filter((layer) => !(layer.name || '').startsWith('wide'));
       const { view } = await embed(holder, sized, { actions: false, renderer: 'svg', config: CONFIG });
       view.addEventListener('click', (event, item) => { if (item?.datum?.run && 'chosen' in (view.getState().signals || {})) choose(item.datum.run); });
       const svg = holder.querySelector('svg');

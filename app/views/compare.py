@@ -106,7 +106,8 @@ def _diff(ctx: Context, store: Store, request: Mapping[str, Any]) -> dict[str, A
 
 def _wire(ctx: Context, store: Store, page: _Page) -> None:
     def charts(picked: list[Picked], x: str | None, y: str | None) -> tuple[Any, Any]:
-        return pareto_figure(picked, x, y, baseline_band(store, picked, x, y)), sweep_figure(picked, ctx.catalog, x, y)
+        band = baseline_band(store, picked, x, y)
+        return pareto_figure(picked, x, y, band), sweep_figure(picked, ctx.catalog, x, y, band)
 
     def show(ids: list[str], x: str | None, y: str | None) -> tuple[Any, ...]:
         picked = load_picked(store, ids)
