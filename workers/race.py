@@ -10,17 +10,17 @@ from contextlib import contextmanager
 import torch
 
 from studio_state.errors import ModelError, StudioError, WorkloadError
-from studio_state.events import Event, ItemStarted, Kept, LaneStarted, Note, Output, Phase, Tokens
-from workers.families.base import RunTrace, StepResult
+from studio_state.events import Event, ItemStarted, LaneStarted, Note, Output, Phase
+from workers.families.base import RunTrace
 from workers.lanes import Lane, live
 from workers.mechanisms.linear import weight_metrics
 from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
-from workers.meters.summary import summarize
+from workers.meters.summary import so_far, summarize
 from workers.session import Cancelled, Session
-from workers.workloads.base import Item, ItemResult, Workload
+from workers.telling import Teller, batch_key, first_difference, kept_event
+from workers.workloads.base import Item, Workload
 
-FLUSH_SECONDS = 0.1  # text is told at most this often
 WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many
 WARMUP_SECONDS = 10.0
 WARMUP_TOKENS = (32, 8)  # prompt and new tokens of a warm-up run
@@ -132,6 +132,7 @@ class Race:
                         continue
                     traces[lane.index] = trace
                 turn += 1
+                yield from so_far(self.current, self.session.spec.reference) if len(self.current) == len(self.lanes) else ()
                 if repeat == 0:
                     yield Phase(name="quality", done=turn / total)
                     yield from self._quality(batch, traces)
@@ -284,56 +285,3 @@ def require_numbers(trace: RunTrace) -> None:
             "the model's output is not a number (NaN) in this lane: its weights are damaged, or a number overflowed; "
             "run it with --dtype float32, with other knobs, or fetch the model again"
         )
-
-
-class Teller:
-    """Turns steps into token events, not more often than ten times a second."""
-
-    def __init__(self, lane: int, batch: Sequence[Item], repeat: int):
-        self.lane, self.batch, self.repeat = lane, batch, repeat
-        self.elapsed = 0.0
-        self.told = time.perf_counter()
-        self.waiting: list[tuple[list[int], str, list[float]]] = [([], "", []) for _ in batch]
-
-    def heard(self, step: StepResult) -> Iterator[Event]:
-        """Take a step in; tell what waits if it is time."""
-        self.elapsed += step.seconds
-        for row, ids in enumerate(step.new[: len(self.batch)]):
-            old_ids, text, at = self.waiting[row]
-            self.waiting[row] = (
-                old_ids + ids,
-                text + (step.text[row] if row < len(step.text) else ""),
-                at + [self.elapsed] * len(ids),
-            )
-        if time.perf_counter() - self.told >= FLUSH_SECONDS:
-            yield from self.rest()
-
-    def rest(self) -> Iterator[Event]:
-        """Tell everything that waits."""
-        for item, (ids, text, at) in zip(self.batch, self.waiting, strict=True):
-            if ids or text:
-                yield Tokens(lane=self.lane, item=item.id, repeat=self.repeat, ids=ids, text=text, at=[round(x, 6) for x in at])
-        self.waiting = [([], "", []) for _ in self.batch]
-        self.told = time.perf_counter()
-
-
-def batch_key(items: Sequence[Item]) -> str:
-    """Name of a batch in the record: its item, or first..last."""
-    return items[0].id if len(items) == 1 else f"{items[0].id}..{items[-1].id}"
-
-
-def first_difference(mine: ItemResult, theirs: ItemResult) -> int:
-    """Tokens before two outputs differ; the shorter length if one begins the other; the length if equal."""
-    pairs = zip(mine.token_ids, theirs.token_ids, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(mine.token_ids), len(theirs.token_ids)))
-
-
-def kept_event(lane: int, item: str, layers: list[list[float]]) -> Kept:
-    """The eviction map of one item, small enough to send."""
-    share = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
-    return Kept(
-        lane=lane,
-        item=item,
-        share=[round(s, 4) for s in share],
-        layers=["".join(str(round(9 * x)) for x in layer) for layer in layers],
-    )

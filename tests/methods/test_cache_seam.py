@@ -27,7 +27,9 @@ EXPLICIT = "explicit-mask-of-the-tests"
 allowed: list[Tensor] = []  # per layer [B, Hq, T, S]
 
 
-def explicit_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any) -> tuple[Tensor, None]:
+def explicit_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed[module.layer_idx], float("-inf"))
@@ -131,7 +133,9 @@ SETTINGS = [
 @pytest.mark.parametrize(("name", "lengths", "chunk"), SETTINGS)
 @pytest.mark.parametrize("store", ["float", "quantized"])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_ragged_cache_equals_an_explicit_mask(name: str, lengths: tuple[int, ...], chunk: int | None, store: str, kernel: str) -> None:
+def test_ragged_cache_equals_an_explicit_mask(
+    name: str, lengths: tuple[int, ...], chunk: int | None, store: str, kernel: str
+) -> None:
     folder, window = MODELS[name]
     session = make_session(folder(), chunk_size=chunk, attention=kernel)
     prompts = [prompt(n, seed=n) for n in lengths]

@@ -82,7 +82,9 @@ def test_card_is_complete(name: str) -> None:
     assert card.stage is not None
     assert card.title
     assert card.summary.endswith(".")
-    assert card.paper == "" or re.match(r"arXiv:\d{4}\.\d{5}$|[A-Z]\w+ .*\d{4}", card.paper), "an arXiv id or author, year and title; empty = folklore"
+    assert card.paper == "" or re.match(r"arXiv:\d{4}\.\d{5}$|[A-Z]\w+ .*\d{4}", card.paper), (
+        "an arXiv id or author, year and title; empty = folklore"
+    )
     assert len(card.doc.split("\n\n")) > 1, "the docstring goes on with source and deviations, or where folklore has it from"
     assert card.resources, "a policy acts on some resource"
     assert set(card.families) <= set(FAMILIES)
@@ -142,7 +144,9 @@ def test_effects_hold_at_default_knobs(name: str, baseline: Outcome) -> None:
     assert session.acted.get(name, 0) > 0, "nothing was done"
     for metric, direction in card_of(name).effects.items():
         before, after = baseline.metrics.get(metric, 0.0), got.metrics[metric]
-        assert {"up": after > before, "down": after < before, "same": after == before}[direction], f"{metric}: {before} -> {after}"
+        assert {"up": after > before, "down": after < before, "same": after == before}[direction], (
+            f"{metric}: {before} -> {after}"
+        )
     assert set(got.metrics) <= set(METRICS)
 
 
@@ -154,7 +158,14 @@ def condition(session: Session) -> dict[str, Any]:
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in session.model.named_modules()}
     own = {n: sorted(vars(m)) for n, m in session.model.named_modules()}
     weights = {n: (p.data_ptr(), p._version) for n, p in (*session.model.named_parameters(), *session.model.named_buffers())}
-    return {**kept, "modules": modules, "hooks": hooks, "own": own, "weights": weights, "attention": session.model.config._attn_implementation}
+    return {
+        **kept,
+        "modules": modules,
+        "hooks": hooks,
+        "own": own,
+        "weights": weights,
+        "attention": session.model.config._attn_implementation,
+    }
 
 
 def interrupted(session: Session, policy: Policy) -> None:
@@ -201,4 +212,3 @@ def test_batches_run_or_are_refused(name: str) -> None:
         with attached(session, POLICIES[name]()):
             trace = generate(session, [PROMPT, PROMPT[:70]], new=4)
         assert [len(row) for row in tokens(trace)] == [4, 4]
-

@@ -25,7 +25,9 @@ def library_sums(session: Session, ids: Sequence[int]) -> list[np.ndarray]:
 def choose(sums: np.ndarray, budget: int, recent: int) -> np.ndarray:
     """The paper's rule, written out: newest ``recent`` and the best of the others."""
     length = sums.shape[1]
-    return np.array([sorted([*np.argsort(-s[: length - recent])[: budget - recent], *range(length - recent, length)]) for s in sums])
+    return np.array(
+        [sorted([*np.argsort(-s[: length - recent])[: budget - recent], *range(length - recent, length)]) for s in sums]
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 7, 1])

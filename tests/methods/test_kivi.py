@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.methods.driving import generate, make_session, prefill, prompt
 from workers.families.llm import State
-from workers.mechanisms.cache import FloatStore
+from workers.mechanisms.kv_store import FloatStore
 from workers.mechanisms.quantized_cache import QuantizedStore, pack_bits, quantize, unpack_bits
 from workers.methods import Policy
 from workers.policies.kv.h2o import H2O
@@ -103,7 +103,9 @@ def test_evicting_moves_codes_and_never_rounds_again() -> None:
     uneven = 0
     for _ in range(8):
         before = store.read()
-        index = torch.stack([torch.randperm(store.length, generator=g)[: store.length * 2 // 3].sort().values for _ in range(3)])[None]
+        index = torch.stack([torch.randperm(store.length, generator=g)[: store.length * 2 // 3].sort().values for _ in range(3)])[
+            None
+        ]
         spare = store.clone()
         store.keep(index)
         expected = [x.gather(2, index[..., None].expand(-1, -1, -1, 16)) for x in before]

@@ -38,7 +38,9 @@ def test_nothing_is_protected_unless_asked() -> None:
         free = prefill(session, ids)
     with KNorm(keep=0.25, recent=6).attach(session):
         guarded = prefill(session, ids)
-    newest = [set(range(34, 40)) <= set(p.tolist()) for x in (free, guarded) for g in x.cache.layers for p in g.group.positions[0]]
+    newest = [
+        set(range(34, 40)) <= set(p.tolist()) for x in (free, guarded) for g in x.cache.layers for p in g.group.positions[0]
+    ]
     assert not all(newest[:4])
     assert all(newest[4:])
     assert free.cache.stored() == guarded.cache.stored() == 10

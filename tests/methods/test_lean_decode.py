@@ -17,7 +17,7 @@ from tests import tiny
 from tests.methods.driving import attached, forced, generate, info_of, make_session, prompt, tokens
 from workers.families.llm import State, make_batch
 from workers.mechanisms import attention
-from workers.mechanisms.cache import FloatStore
+from workers.mechanisms.kv_store import FloatStore
 from workers.mechanisms.lean import Norm, RotaryTable, rotate
 from workers.mechanisms.linear import weight_bytes
 from workers.methods import Policy

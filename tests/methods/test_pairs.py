@@ -41,7 +41,13 @@ def test_runs_and_all_act(text: str) -> None:
 
 def test_lean_decode_changes_no_stack() -> None:
     """The same tokens with and without, whatever else stands in the pipeline."""
-    for text in ("snapkv:keep=0.4", "snapkv:keep=0.4+kivi:bits=8,group_size=8,residual=8", "h2o:keep=0.4", "promptdistill", "magnitude+kivi"):
+    for text in (
+        "snapkv:keep=0.4",
+        "snapkv:keep=0.4+kivi:bits=8,group_size=8,residual=8",
+        "h2o:keep=0.4",
+        "promptdistill",
+        "magnitude+kivi",
+    ):
         outputs = []
         for whole in (text, text + "+lean-decode"):
             session = make_session()

@@ -92,7 +92,9 @@ def test_selection_and_later_layers_equal_an_own_loop(kernel: int) -> None:
 
 def test_a_planted_repetition_is_found() -> None:
     """Copy heads set by hand: layer 0 writes nothing, so layer 1's keys and queries are the tokens' own embeddings."""
-    session = make_session(tiny.llama_folder("llama-planted", num_hidden_layers=3, rope_parameters={"rope_type": "default", "rope_theta": 1e30}))
+    session = make_session(
+        tiny.llama_folder("llama-planted", num_hidden_layers=3, rope_parameters={"rope_type": "default", "rope_theta": 1e30})
+    )
     ids = prompt(60, seed=4)
     needle = 23
     ids[-1] = ids[needle]

@@ -98,7 +98,9 @@ def test_the_lists_are_long_enough_and_cover_every_policy() -> None:
     assert len(LEGAL) >= 25
     assert len(ILLEGAL) >= 25
     used = {s.policy for text in LEGAL for s in parse_pipeline(text).steps}
-    assert {"rtn", "dynamic-int8", "magnitude", "snapkv", "kivi", "lean-decode", "prompt-lookup", "promptdistill"} <= used <= KNOWN
+    assert (
+        {"rtn", "dynamic-int8", "magnitude", "snapkv", "kivi", "lean-decode", "prompt-lookup", "promptdistill"} <= used <= KNOWN
+    )
 
 
 @pytest.mark.parametrize("text", LEGAL)

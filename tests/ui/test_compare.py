@@ -266,7 +266,7 @@ def test_sql_box(compare: Page, data: Path) -> None:
     ):
         box.fill(sql)
         compare.get_by_role("button", name="Run query").click()
-        expect(answer.locator(".ps-note-error")).to_contain_text(re.compile(re.escape(sentence), re.IGNORECASE))
+        expect(compare.locator(".sq-said .ps-note-error")).to_contain_text(re.compile(re.escape(sentence), re.IGNORECASE))
 
 
 # -- the page as a whole -----------------------------------------------------------------------------------------------

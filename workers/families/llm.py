@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from studio_state.errors import WorkloadError
 from workers.families.base import RunTrace, StepResult
+from workers.families.comparing import distance, kept_shares
 from workers.families.text import Streamer, encode_item
 from workers.mechanisms.attention import Forward, forwarding
 from workers.mechanisms.cache import PADDING, StudioCache
@@ -200,7 +201,7 @@ class LanguageFamily:
         trace.steps.append(StepResult("prefill", seconds, new or [], [""] * len(trace.items)))
         trace.counts["prefill_kv_bytes"] = float(state.cache.nbytes())
         trace.counts["kept_prompt_tokens"] = state.cache.stored()
-        trace.kept = kept_shares(state.cache, batch)
+        trace.kept = kept_shares(state.cache, batch.lengths)
 
     def _generate(self, session: Session, trace: RunTrace, state: State, start: float) -> Iterator[StepResult]:
         sampler = Sampler(session.spec.sampling, session.spec.seed, session.device)
@@ -315,31 +316,3 @@ def end_tokens(session: Session) -> set[int]:
     ids = getattr(config, "eos_token_id", None)
     found = set(ids) if isinstance(ids, (list, tuple)) else {ids}
     return {int(i) for i in found | {session.processor.eos_token_id} if i is not None}
-
-
-def distance(reference: Tensor, lane: Tensor) -> dict[str, float]:
-    """Mean KL(reference || lane) in nats and share of equal arg-max, of log-probabilities [n, V]."""
-    kl = (reference.exp() * (reference - lane)).sum(-1).mean()
-    return {
-        "kl_to_baseline": max(0.0, float(kl)),
-        "top1_agreement": float((reference.argmax(-1) == lane.argmax(-1)).float().mean()),
-    }
-
-
-def kept_shares(cache: StudioCache, batch: Batch) -> list[list[list[float]]]:
-    """Per row, per layer: share of KV heads that still hold each prompt token."""
-    rows = []
-    for row, length in enumerate(batch.lengths):
-        layers = []
-        for layer in cache.layers:
-            held, heads = torch.zeros(length), 0
-            for g in layer.groups:
-                n = g.stop - g.start
-                positions = g.logical(len(batch.lengths), batch.ids.device)[row].cpu()  # [1 or n, S]
-                weight = n / positions.shape[0]
-                for p in positions:
-                    held[p[(p >= 0) & (p < length)]] += weight
-                heads += n
-            layers.append((held / max(1, heads)).tolist())
-        rows.append(layers)
-    return rows

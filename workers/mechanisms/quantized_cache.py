@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.mechanisms.cache import gather_entries, storage_bytes
+from workers.mechanisms.kv_store import gather_entries, storage_bytes
 
 SCALE_DTYPE = torch.float16
 _ULP = 2.0**-10  # relative step of SCALE_DTYPE: enough to round a bound outwards
@@ -168,7 +168,7 @@ class PackedValues:
 
 
 class QuantizedStore:
-    """A :class:`~workers.mechanisms.cache.KVStore`: the oldest entries packed, the newest in full precision.
+    """A :class:`~workers.mechanisms.kv_store.KVStore`: the oldest entries packed, the newest in full precision.
 
     An eviction may leave more packed entries in one head than in another. Both parts are then as wide as
     their longest head and filled from the right; ``_packed`` counts each head's packed entries.
@@ -221,7 +221,10 @@ class QuantizedStore:
             index = start.unsqueeze(-1) + torch.arange(count, device=keys.device)
             old = (gather_entries(keys, index), gather_entries(values, index))
             self._packed = self._packed + count
-        new_keys, new_values = PackedKeys.of(old[0], self.bits, self.group_size), PackedValues.of(old[1], self.bits, self.group_size)
+        new_keys, new_values = (
+            PackedKeys.of(old[0], self.bits, self.group_size),
+            PackedValues.of(old[1], self.bits, self.group_size),
+        )
         self._keys = new_keys if self._keys is None else self._keys.joined(new_keys)
         self._values = new_values if self._values is None else self._values.joined(new_values)
         self._recent = (keys[:, :, count:].clone(), values[:, :, count:].clone())

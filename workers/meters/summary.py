@@ -12,6 +12,7 @@ from studio_state.stats import mcnemar, paired_bootstrap, ratio_interval, wilson
 from workers.lanes import Lane, live
 from workers.workloads.base import Workload
 
+LIVE = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "score_tokens_per_s")  # ratios told while the race runs
 _REDUCE = {"median": median, "mean": fmean, "max": max, "sum": sum}
 
 
@@ -38,13 +39,31 @@ def summarize(lanes: Sequence[Lane], workload: Workload, reference: int) -> Iter
             yield from _ratios(lane, base)
 
 
+def so_far(lanes: Sequence[Lane], reference: int) -> Iterator[Event]:
+    """The main speed ratios from the pairs measured until now, for those who watch."""
+    base = lanes[reference]
+    for lane in live(lanes):
+        if lane is base or not (lane.interleaved and base.interleaved):
+            continue
+        for name in LIVE:
+            pairs = _pairs(lane, base, name)
+            if pairs and all(a > 0 < b for a, b in pairs):
+                r = ratio_interval([a for a, _ in pairs], [b for _, b in pairs])
+                yield Ratio(lane=lane.index, name=name, value=r.value, low=r.low, high=r.high, n=len(pairs))
+
+
+def _pairs(lane: Lane, base: Lane, name: str) -> list[tuple[float, float]]:
+    """Values of the same item and repeat: (lane, base)."""
+    mine, theirs = lane.samples.get(name, {}), base.samples.get(name, {})
+    return [(mine[k], theirs[k]) for k in theirs if k in mine]
+
+
 def _ratios(lane: Lane, base: Lane) -> Iterator[Event]:
     interleaved = lane.interleaved and base.interleaved
     for name, info in METRICS.items():
         if not info.ratio or name not in lane.given or not base.given.get(name):
             continue
-        mine, theirs = lane.samples.get(name, {}), base.samples.get(name, {})
-        pairs = [(mine[k], theirs[k]) for k in theirs if k in mine]
+        pairs = _pairs(lane, base, name)
         value = lane.given[name] / base.given[name]
         if not isfinite(value):
             continue

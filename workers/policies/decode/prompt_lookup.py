@@ -34,7 +34,9 @@ class PromptLookup(Policy):
         neutral={"draft": 0},
         max_batch=1,
     )
-    draft: int = knob(8, ge=0, le=64, help="tokens guessed at once; more = fewer passes where text repeats, more wasted work elsewhere")
+    draft: int = knob(
+        8, ge=0, le=64, help="tokens guessed at once; more = fewer passes where text repeats, more wasted work elsewhere"
+    )
     ngram: int = knob(3, ge=1, le=16, help="longest run of newest tokens that is looked up; shorter runs are tried after it")
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:

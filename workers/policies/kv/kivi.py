@@ -37,7 +37,9 @@ class Kivi(Policy):
         not_neutral_because="every number of bits rounds; a test bounds the error of each element by half a step",
     )
     bits: Literal[2, 4, 8] = knob(4, help="bits per stored number; fewer = smaller and less exact")
-    group_size: int = knob(32, ge=8, le=256, multiple_of=8, help="tokens that share a key scale; smaller = more exact, more scale bytes")
+    group_size: int = knob(
+        32, ge=8, le=256, multiple_of=8, help="tokens that share a key scale; smaller = more exact, more scale bytes"
+    )
     residual: int = knob(32, ge=0, le=1024, help="newest tokens that stay in full precision; more = more exact, more bytes")
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:

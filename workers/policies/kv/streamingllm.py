@@ -38,7 +38,9 @@ class StreamingLLM(Policy):
     )
     keep: float = knob(0.5, ge=0.01, le=1.0, help="size of the cache as a share of the prompt, sinks included; 1 = never evict")
     sinks: int = knob(4, ge=0, le=256, help="first positions that always stay; 0 shows why they are needed")
-    every: int = knob(1, ge=1, le=256, help="slide the window every so many new tokens; more = less work, a slightly longer cache")
+    every: int = knob(
+        1, ge=1, le=256, help="slide the window every so many new tokens; more = less work, a slightly longer cache"
+    )
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
         """Cut to sinks and window at the end of the prefill and while decoding."""

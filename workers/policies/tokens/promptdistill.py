@@ -43,7 +43,9 @@ class PromptDistill(Policy):
         hopes={"ttft_s": "down"},
         neutral={"keep": 1.0},
     )
-    keep: float = knob(0.25, ge=0.01, le=1.0, help="share of prompt tokens that reach the later layers; lower = faster, worse recall")
+    keep: float = knob(
+        0.25, ge=0.01, le=1.0, help="share of prompt tokens that reach the later layers; lower = faster, worse recall"
+    )
     depth: float = knob(0.43, ge=0.0, le=1.0, help="share of the layers that read the whole prompt; the last of them chooses")
     kernel: int = knob(5, ge=1, le=63, help="width of the smoothing, odd; wider keeps whole phrases, 1 = none")
     truncate: bool = knob(False, help="after the prefill, cut the early layers' cache to the same tokens; smaller, worse recall")
