@@ -7,20 +7,19 @@ from typing import Any
 
 from rich.console import Console
 
+from app.claim_run import check_claim, specs_of
 from app.cli_lists import print_json, print_table
 from app.cli_run import CANCELLED_BY_CTRL_C, watch
-from app.cli_spec import check
 from app.dispatch import LocalDispatch
 from app.dispatch.runner import Settings
 from studio_state.catalog import Catalog
 from studio_state.claims import Claim, load_claims
-from studio_state.errors import SpecError
 from studio_state.experiment import ExperimentSpec
 from studio_state.journal import append_entries
 from studio_state.paths import DataDir
-from studio_state.problems import Problem
+from studio_state.problems import problems
 from studio_state.results import Results, results_of
-from studio_state.verdicts import Verdict, judge
+from studio_state.verdicts import Verdict
 
 
 def show_claims(as_json: bool) -> None:
@@ -45,52 +44,27 @@ def run_claim(claim: Claim, data: DataDir, settings: Settings, model: str | None
         SpecError: an experiment cannot run.
         StudioError: an experiment or a lane failed, or the verdict cannot be recorded.
     """
-    specs = specs_of(claim, model, device)
-    results = run_all(specs, data, settings)
-    if results is None:
+    catalog = Catalog.load()
+    specs = specs_of(claim, model, device, lambda spec: problems(spec, catalog))
+    errors = Console(stderr=True, highlight=False)
+    devices = tuple(dict.fromkeys(spec.device for spec in specs.values()))
+    with LocalDispatch(data, devices, settings=settings) as dispatch:
+
+        def run_one(name: str, spec: ExperimentSpec) -> Results | None:
+            errors.print(
+                f"experiment {list(specs).index(name) + 1} of {len(specs)}: {name}, {_lanes(spec)}", markup=False, style="dim"
+            )
+            events, interrupted = watch(dispatch, dispatch.submit(spec, owner="cli", origin="claim"), errors)
+            return None if interrupted else results_of(events)
+
+        verdict = check_claim(claim, specs, run_one, lambda entries: append_entries(data.journal, entries), by="cli")
+    if verdict is None:
         return CANCELLED_BY_CTRL_C
-    verdict = judge(claim, results)
-    append_entries(data.journal, verdict.entries(by="cli"))
     if as_json:
         print_json({**verdict.model_dump(mode="json"), "headline": claim.headline})
     else:
         print_verdict(claim, verdict)
     return 0
-
-
-def specs_of(claim: Claim, model: str | None, device: str) -> dict[str, ExperimentSpec]:
-    """The claim's experiments as they are submitted, checked as far as is possible without the model.
-
-    Raises:
-        SpecError: all problems of all experiments.
-    """
-    specs = {e.id: e.spec(model, device) for e in claim.experiments}
-    found: list[Problem] = []
-    for spec in specs.values():
-        try:
-            check(spec, Catalog.load())
-        except SpecError as e:
-            found += e.problems
-    if found:
-        raise SpecError(found)
-    return specs
-
-
-def run_all(specs: dict[str, ExperimentSpec], data: DataDir, settings: Settings) -> dict[str, Results] | None:
-    """Run experiments one after the other on one warm worker; None if Ctrl-C was pressed."""
-    errors = Console(stderr=True, highlight=False)
-    results: dict[str, Results] = {}
-    devices = tuple(dict.fromkeys(spec.device for spec in specs.values()))
-    with LocalDispatch(data, devices, settings=settings) as dispatch:
-        for number, (name, spec) in enumerate(specs.items(), 1):
-            errors.print(f"experiment {number} of {len(specs)}: {name}, {_lanes(spec)}", markup=False, style="dim")
-            events, interrupted = watch(dispatch, dispatch.submit(spec, owner="cli", origin="claim"), errors)
-            if interrupted:
-                return None
-            results[name] = results_of(events)
-            if results[name].status != "finished":
-                break  # the judge says why
-    return results
 
 
 def print_verdict(claim: Claim, verdict: Verdict) -> None:

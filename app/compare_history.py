@@ -29,10 +29,10 @@ def history_rows(history: History, query: Mapping[str, Any]) -> dict[str, Any]:
     """
     filters = {f: str(query.get(f) or "").strip() or None for f in FILTERS}
     deleted, page = bool(query.get("deleted")), max(0, int(query.get("page") or 0))
-    found = read_page(history, page, deleted=deleted, **filters)
+    found = read_page(history, page, PAGE_ROWS, deleted=deleted, **filters)
     if not found.experiments and found.total:  # the last page became shorter
         page = (found.total - 1) // PAGE_ROWS
-        found = read_page(history, page, deleted=deleted, **filters)
+        found = read_page(history, page, PAGE_ROWS, deleted=deleted, **filters)
     return {
         "page": page,
         "pages": max(1, -(-found.total // PAGE_ROWS)),

@@ -33,6 +33,7 @@ def pareto_figure(picked: Sequence[Picked], x: str | None, y: str | None, band: 
         "title": title,
         "specs": [pareto_chart(frame, x, y, band)],
         "summary": summary(frame, x, y, band),
+        "announce": True,
         "warning": warning(picked),
         "table": _table(picked, frame, x, y, band),
     }

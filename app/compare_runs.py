@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def clock_time(t: float | None) -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Short names; where several are equal, what tells them apart is added: model, workload, time, and at last a number."""
     names = [short_name(r) for r in runs]
-    extras = (
+    extras: tuple[Callable[[Run], str], ...] = (
         lambda r: model_title(r.experiment.model), lambda r: r.experiment.workload or "",
         lambda r: clock_time(r.experiment.submitted), lambda r: r.experiment.id[-6:],
     )  # fmt: skip

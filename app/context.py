@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from app.models import ModelBook
 from app.recent import Recent
 from app.saved import SavedPipelines
 from studio_state.catalog import Catalog
+from studio_state.claims import Claim, load_claims
 from studio_state.paths import DataDir
 from studio_state.spool import is_alive
 from studio_state.store import Store
@@ -31,6 +32,7 @@ class Context:
         known: ids of experiments in the record, newest first.
         host_token: lets the person who started the studio cancel any experiment; empty = nobody.
         store: the record; None where only running is wanted.
+        claims: those that the papers page offers, by id.
     """
 
     catalog: Catalog
@@ -42,6 +44,7 @@ class Context:
     tokens: Tokens = field(default_factory=Tokens)
     store: Store | None = None
     host_token: str = ""
+    claims: Mapping[str, Claim] = field(default_factory=load_claims)
 
     def __post_init__(self) -> None:
         self.recent = Recent(self.known)

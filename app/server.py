@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
@@ -18,13 +18,14 @@ from app.context import Context
 from app.dispatch.local import LocalDispatch
 from app.dispatch.runner import Settings
 from app.live import routes
-from app.views import compare, library, studio
+from app.views import compare, library, papers, studio
 from studio_state.catalog import Catalog
+from studio_state.claims import Claim, load_claims
 from studio_state.errors import Unavailable
 from studio_state.paths import DataDir
 from studio_state.store import Store
 
-VIEWS = (studio, compare, library)
+VIEWS = (studio, compare, library, papers)
 MAX_THREADS = 200
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -86,6 +87,7 @@ def serve(
     local_paths: bool | None = None,
     settings: Settings | None = None,
     catalog: Catalog | None = None,
+    claims: Mapping[str, Claim] | None = None,
 ) -> None:
     """Run the studio until Ctrl-C.
 
@@ -95,6 +97,7 @@ def serve(
         devices: devices that experiments may run on; one worker each.
         local_paths: whether visitors may open models and files by path; None = only if nobody else can reach the page.
         settings: how workers are started.
+        claims: those that the papers page offers; None = the packaged ones.
 
     Raises:
         StoreError: the data directory cannot be used, or another studio has it.
@@ -110,6 +113,7 @@ def serve(
             local_paths=host in LOCAL_HOSTS if local_paths is None else local_paths,
             known=[row.id for row in store.experiments(limit=8)],
             store=store,
+            claims=load_claims() if claims is None else claims,
         )
         page = build(context)
         address = launch(page, context, host, port, auth)

@@ -201,6 +201,13 @@ class History:
         """Verdicts on claims, by claim."""
         return self._rows(VerdictRow, "verdicts", experiment, order="claim")
 
+    def verdicts_on(self, claim: str) -> list[VerdictRow]:
+        """Every verdict on a claim, newest first; one that rests on several experiments comes once for each of them."""
+        with self._cursor() as cursor:
+            rows = cursor.execute("SELECT experiment FROM verdicts WHERE claim = ? ORDER BY t DESC, experiment", [claim]).fetchall()
+        found = {v.experiment: v for v in self.verdicts([e for (e,) in rows]) if v.claim == claim}
+        return [found[e] for (e,) in rows if e in found]
+
     def tags(self) -> list[str]:
         """All tags in use, sorted."""
         with self._cursor() as cursor:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict, Field
 
-from studio_state.catalog import Card, Catalog
+from studio_state.catalog import Catalog
 from studio_state.experiment import ExperimentSpec, ModelInfo
+from studio_state.model_fit import model_misfits
 from studio_state.pipeline import Pipeline, Step
 from studio_state.resources import RESOURCES, Use, clashes
 
@@ -164,8 +165,10 @@ def pipeline_problems(
         if unavailable and card.id in unavailable:
             add(f"{card.title} cannot run on this worker: {unavailable[card.id]}", mend=remove)
         if model is not None:
-            for message, knob in _model_problems(card, step, model):
-                add(message, knob, remove)
+            for misfit in model_misfits(card, step, model):
+                value = misfit.value
+                fit = Mend(action="set", step=i, knob=misfit.knob or "", value=value, label=f"Set {misfit.knob} to {value}")
+                add(misfit.message, misfit.knob, remove if value is None else fit)
         if workload and card.workloads and workload not in card.workloads:
             add(f"{card.title} means nothing for workload {workload!r}; choose one of {', '.join(card.workloads)}", mend=remove)
         if card.max_batch is not None and batch > card.max_batch:
@@ -204,53 +207,6 @@ def pipeline_problems(
         if not any(p.step == problem.step and p.message.split("(")[0] == verb.split("(")[0] for p in found):
             found.append(problem)
     return found
-
-
-def _model_problems(card: Card, step: Step, model: ModelInfo) -> list[tuple[str, str | None]]:
-    out: list[tuple[str, str | None]] = []
-    if model.family not in card.families:
-        out.append((f"{card.title} works on {', '.join(card.families)} models; {model.name} is of family {model.family}", None))
-        return out
-    for trait in card.traits:
-        if trait not in model.traits:
-            out.append(
-                (
-                    f"{card.title} needs a model with the trait {trait!r}; {model.name} has {', '.join(model.traits) or 'none'}",
-                    None,
-                )
-            )
-    for trait in card.not_traits:
-        if trait in model.traits:
-            out.append((f"{card.title} cannot work on a model with the trait {trait!r}, which {model.name} has", None))
-    props, knobs = card.knobs.get("properties", {}), card.filled(step.knobs)
-    for name, prop in props.items():
-        value = knobs.get(name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        fits = prop.get("fits")
-        if fits == "layers" and model.layers and value >= model.layers:
-            out.append(
-                (f"{card.title}: {name} = {value}, but {model.name} has {model.layers} layers (0 to {model.layers - 1})", name)
-            )
-        if fits == "divides-widths" and value:
-            bad = sorted({w for w in (model.hidden, model.ffn) if w and w % value})
-            if bad:
-                out.append(
-                    (
-                        f"{card.title}: {name} = {value} does not divide the width {' and '.join(map(str, bad))} of {model.name}; {_divisors(model)}",
-                        name,
-                    )
-                )
-        if fits == "divides-head" and value and model.head_dim and model.head_dim % value:
-            out.append((f"{card.title}: {name} = {value} does not divide the head width {model.head_dim} of {model.name}", name))
-        if fits == "context" and model.context and value > model.context:
-            out.append((f"{card.title}: {name} = {value} is longer than the context of {model.name} ({model.context})", name))
-    return out
-
-
-def _divisors(model: ModelInfo) -> str:
-    ok = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(w % g == 0 for w in (model.hidden, model.ffn) if w)]
-    return f"these do: {', '.join(map(str, ok))}" if ok else "use a per-row format"
 
 
 def problems(

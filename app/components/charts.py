@@ -71,14 +71,14 @@ def pareto_chart(frame: pd.DataFrame, x: str, y: str, band: Band | None) -> Spec
     """
     kx, ky = scaled(x)[0], scaled(y)[0]
     data = frame.assign(x=frame["x"] * kx, y=frame["y"] * ky).drop(columns=["group"])
-    xs = alt.X("x:Q", title=scaled(x)[1], scale=alt.Scale(zero=False, nice=False, padding=28))
+    xs = alt.X("x:Q", title=scaled(x)[1], axis=alt.Axis(tickCount=8), scale=alt.Scale(zero=False, nice=False, padding=28))
     ys = alt.Y("y:Q", axis=_y_axis(y), scale=alt.Scale(zero=False, nice=False, padding=22))
     tip = [alt.Tooltip("name:N", title="Run"), alt.Tooltip("x:Q", title=metric_title(x), format=".4~g"), alt.Tooltip("y:Q", title=metric_title(y), format=".4~g")]
     chosen = alt.param(name="chosen", value="")
     base = alt.Chart(data).encode(x=xs, y=ys)
     layers = [*_band_layers(band, kx, ky)]
     front = data[~data["dominated"]].sort_values(["x", "y"])
-    if len(front) > 1:
+    if len(front) > 1 and not front["baseline"].all():
         layers.append(alt.Chart(front).mark_line(color=QUIET, strokeDash=[3, 3], strokeWidth=1, interpolate="linear").encode(x="x:Q", y="y:Q"))
     opacity = alt.condition("datum.dim", alt.value(0.5), alt.value(1.0))
     ring = base.mark_point(shape="circle", size=420, filled=False, strokeWidth=2, color="#0072B2").encode(opacity=alt.condition("datum.run === chosen", alt.value(1.0), alt.value(0.0)))
@@ -94,15 +94,20 @@ def _names(data: pd.DataFrame, xs: alt.X, ys: alt.Y) -> list[alt.Chart]:
 
     The browser leaves out layers whose name begins with ``wide`` where the chart is narrow.
     """
-    ordered = data.sort_values(["y", "x"])
+    ordered = data.sort_values(["y", "x"]).reset_index(drop=True)
+    right = (ordered["x"] - ordered["x"].min()) > 0.7 * (ordered["x"].max() - ordered["x"].min())  # these would leave the chart
+    above = ordered.index % 2 == 0
     dim = alt.condition("datum.dim", alt.value(0.75), alt.value(1.0))
     return [
-        alt.Chart(part, name=f"wide_{side}")
-        .mark_text(align="left", dx=10, dy=dy, fontSize=11, limit=200, color=INK)
+        alt.Chart(part, name=f"wide_{i}")
+        .mark_text(align=align, dx=dx, dy=dy, fontSize=11, limit=200, color=INK)
         .encode(x=xs, y=ys, text="name:N", opacity=dim)
-        for side, part, dy in (("above", ordered.iloc[::2], -10), ("below", ordered.iloc[1::2], 11))
+        for i, (part, align, dx, dy) in enumerate([
+            (ordered[above & ~right], "left", 10, -10), (ordered[~above & ~right], "left", 10, 11),
+            (ordered[above & right], "right", -10, -10), (ordered[~above & right], "right", -10, 11),
+        ])
         if len(part)
-    ]
+    ]  # fmt: skip
 
 
 def _band_layers(band: Band | None, kx: float, ky: float) -> list[alt.Chart]:

@@ -6,7 +6,7 @@
 
   // ---- two runs ----
   PS.mountDiff = (root, props, watch, server) => {
-    const choose = root.querySelector('.rd-choose'), body = root.querySelector('.rd-body');
+    const choose = root.querySelector('.rd-choose'), body = root.querySelector('.rd-body'), say = PS.announcer(root.querySelector('[role=status]'));
     let a = '', b = '', asked = 0;
 
     function controls(runs) {
@@ -27,6 +27,7 @@
       const answer = await server.diff_runs({ runs: runs.map((r) => r.id), a, b }).catch(() => ({ error: 'The studio did not answer; try again.' }));
       if (mine !== asked) return;
       body.replaceChildren(...(answer.error ? [problem(answer.error)] : [...answer.notes.map((n) => el('p', { class: 'ps-note ps-note-warning' }, n)), ...answer.sections.map((s) => section(s, answer))]));
+      if (body.dataset.shown !== `${a} ${b}` && !answer.error) say(`Showing ${answer.a.name} against ${answer.b.name}`);
       body.dataset.shown = `${a} ${b}`;
     }
     function section(s, answer) {
@@ -53,18 +54,18 @@
 
   // ---- SQL ----
   PS.mountSql = (root, props, server) => {
-    const answer = root.querySelector('.sq-answer');
+    const answer = root.querySelector('.sq-answer'), told = root.querySelector('.sq-said');
     const box = el('textarea', { rows: 4, spellcheck: 'false', 'aria-label': 'SQL query' });
     const go = button('Run query', run, { class: 'ps-button' });
     box.value = props.examples[0][1];
     box.addEventListener('keydown', (e) => { if (e.key === 'Enter' && (e.ctrlKey || e.metaKey)) { e.preventDefault(); run(); } });
     async function run() {
       go.disabled = true;
-      answer.replaceChildren(el('p', { class: 'ps-quiet' }, 'Running…'));
+      told.replaceChildren(el('p', { class: 'ps-quiet' }, 'Running…'));
       const found = await server.run_query(box.value).catch(() => ({ error: 'The studio did not answer; try again.' }));
       go.disabled = false;
-      if (found.error) return answer.replaceChildren(problem(found.error));
-      answer.replaceChildren(el('p', { class: 'ps-quiet' }, found.note), found.rows.length ? PS.dataTable({ head: found.columns, rows: found.rows }, null, 'Result of the query') : '');
+      told.replaceChildren(found.error ? problem(found.error) : el('p', { class: 'ps-quiet' }, found.note));
+      answer.replaceChildren(!found.error && found.rows.length ? PS.dataTable({ head: found.columns, rows: found.rows }, null, 'Result of the query') : '');
     }
     root.querySelector('.sq-ask').append(
       el('p', { class: 'ps-quiet' }, 'One SELECT over a copy of the history: experiments, runs, metrics, ratios, outputs, kept, messages, tags, notes, verdicts, imports, and results (one row per lane and metric). Ctrl+Enter runs it.'),

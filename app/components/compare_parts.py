@@ -20,7 +20,7 @@ class RunDiff(gr.HTML):
     def __init__(self, *, diff_runs: ServerFunction, **kwargs: Any):
         super().__init__(
             value={"runs": []},
-            html_template='<section class="rd" aria-label="Difference of two runs"><div class="rd-choose"></div><div class="rd-body" aria-live="polite"></div></section>',
+            html_template='<section class="rd" aria-label="Difference of two runs"><div class="rd-choose"></div><div class="ps-hidden" role="status"></div><div class="rd-body"></div></section>',
             js_on_load="ParetoStudio.mountDiff(element, props, watch, server);",
             apply_default_css=False,
             server_functions=[diff_runs],
@@ -43,7 +43,7 @@ class SqlBox(gr.HTML):
     def __init__(self, *, run_query: ServerFunction, examples: list[tuple[str, str]], **kwargs: Any):
         super().__init__(
             value={},
-            html_template='<section class="sq" aria-label="SQL over the history"><div class="sq-ask"></div><div class="sq-answer" aria-live="polite"></div></section>',
+            html_template='<section class="sq" aria-label="SQL over the history"><div class="sq-ask"></div><div class="sq-said" role="status"></div><div class="sq-answer"></div></section>',
             js_on_load="ParetoStudio.mountSql(element, props, server);",
             apply_default_css=False,
             server_functions=[run_query],

@@ -21,6 +21,30 @@ window.ParetoStudio = window.ParetoStudio || {};
 
   /** A random name that is hard to guess; works without a secure context. */
   PS.secret = () => [...crypto.getRandomValues(new Uint8Array(18))].map((b) => b.toString(16).padStart(2, '0')).join('');
+
+  const remember = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window: kept for this page only */ } };
+  const recall = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
+  PS.memory = { remember, recall };
+
+  /** Who this browser is: the secret under which it starts runs, and the host's token if it was opened with one. */
+  let visitor = null;
+  PS.visitor = () => {
+    if (visitor) return visitor;
+    const OWNER = 'pareto-studio-owner', HOST = 'pareto-studio-host', asked = new URLSearchParams(location.search);
+    visitor = { owner: recall(OWNER) || PS.secret(), host: asked.get('host') || recall(HOST) || '' };
+    remember(OWNER, visitor.owner);
+    if (asked.get('host')) {                                       // kept for this browser, out of the address bar and of links
+      remember(HOST, visitor.host);
+      asked.delete('host');
+      history.replaceState(null, '', `${location.pathname}${asked.size ? `?${asked}` : ''}`);
+    }
+    return visitor;
+  };
+
+  /** A table that scrolls sideways by itself; the first cell of a row heads it. */
+  PS.table = (label, head, rows) => PS.el('div', { class: 'dt-scroll', tabindex: 0, role: 'region', 'aria-label': label }, PS.el('table', { class: 'dt' },
+    PS.el('thead', {}, PS.el('tr', {}, head.map((h) => PS.el('th', { scope: 'col' }, h)))), PS.el('tbody', {}, rows.map((cells) => PS.el('tr', {}, cells.map((c, i) => PS.el(i ? 'td' : 'th', { scope: i ? false : 'row' }, c)))))));
+
   let counter = 0;
   PS.uid = (prefix) => `${prefix}${++counter}-${PS.secret().slice(0, 5)}`;
 
@@ -54,6 +78,16 @@ window.ParetoStudio = window.ParetoStudio || {};
       due = true;
       requestAnimationFrame(() => { due = false; f(); });
     };
+  };
+
+  /** Call f whenever an element gets a size: when it is first shown, and when its tab is opened again. */
+  PS.whenShown = (node, f) => {
+    let shown = false;
+    new ResizeObserver(() => {
+      const now = node.offsetWidth > 0;
+      if (now && !shown) f();
+      shown = now;
+    }).observe(node);
   };
 
   PS.copyText = async (text) => {

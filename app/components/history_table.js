@@ -17,7 +17,7 @@
         if (mine !== asked) return;
         data = answer;
         query.page = data.page;
-        draw();
+        if (!form) draw();                                    // what is being written stays
       } catch { if (mine === asked) said('The history cannot be read; reload the page.', 'error'); }
     }
     async function act(request, focus) {
@@ -27,7 +27,7 @@
       if (request.do === 'delete') pick(picked.filter((id) => !request.experiments.includes(experimentOf(id))));
       await load();
       said(answer.message, 'info', answer.undo);
-      if (focus) part('scroll').querySelector(focus)?.focus();
+      (request.do === 'delete' ? part('said').querySelector('.ht-undo') : focus && part('scroll').querySelector(focus))?.focus();
     }
     function said(message, tone, undo) {
       part('said').replaceChildren(el('div', { class: `ps-note ps-note-${tone}` }, el('span', {}, message, ' '), undo ? button('Undo', () => act(undo), { class: 'pe-small ht-undo' }) : ''));
@@ -144,7 +144,7 @@
     });
     watch('names', drawTray);
     watch('reload', load);
-    new IntersectionObserver((seen) => { if (seen.some((s) => s.isIntersecting)) load(); }).observe(root);       // whenever the tab is opened
+    PS.whenShown(root, load);
     root.dataset.ready = '1';
   };
 })();

@@ -29,16 +29,14 @@
     }
     draw();
     if (!props.shelf.length) page.replaceChildren(el('p', { class: 'ps-empty' }, 'The catalogue holds no methods.'));
-    let first = true;
-    new IntersectionObserver((seen) => { if (seen.some((s) => s.isIntersecting) && props.shelf.length) { open(first ? props.shelf[0].id : chosen, false); first = false; } }).observe(root);
+    PS.whenShown(root, () => { if (props.shelf.length) open(chosen || props.shelf[0].id, false); });
     root.dataset.ready = '1';
   };
 
   const section = (title, ...content) => el('section', { class: 'ml-section' }, el('h3', {}, title), ...content);
   /** ``word`` becomes code; everything stays text. */
   const prose = (text) => text.split('``').map((piece, i) => (i % 2 ? el('code', {}, piece) : piece));
-  const table = (label, head, rows) => el('div', { class: 'dt-scroll', tabindex: 0, role: 'region', 'aria-label': label }, el('table', { class: 'dt' },
-    el('thead', {}, el('tr', {}, head.map((h) => el('th', { scope: 'col' }, h)))), el('tbody', {}, rows.map((cells) => el('tr', {}, cells.map((c, i) => el(i ? 'td' : 'th', { scope: i ? false : 'row' }, c)))))));
+  const { table } = PS;
 
   function method(m, open) {
     return [

@@ -10,7 +10,7 @@ import gradio as gr
 TEMPLATE = """
 <div class="ml">
   <nav class="ml-list" aria-label="Methods"></nav>
-  <article class="ml-page" aria-live="polite" tabindex="-1"></article>
+  <article class="ml-page" tabindex="-1" aria-label="Method"></article>
 </div>"""
 
 

@@ -1,21 +1,12 @@
 // One experiment, live: status, a column per lane, charts, the eviction map and the table.
 (() => {
   const PS = window.ParetoStudio, { el, button } = PS;
-  const OWNER = 'pareto-studio-owner', WATCHED = 'pareto-studio-watched', HOST = 'pareto-studio-host';
-  const remember = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window: kept for this page only */ } };
-  const recall = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
+  const WATCHED = 'pareto-studio-watched', { remember, recall } = PS.memory;
 
   PS.mountRace = (root, props, trigger, watch, server) => {
     const part = (name) => root.querySelector(`.lr-${name}`), say = PS.announcer(part('status'));
-    const owner = recall(OWNER) || PS.secret();
-    remember(OWNER, owner);
-    const asked = new URLSearchParams(location.search), host = asked.get('host') || recall(HOST) || '';
-    if (asked.get('host')) {                                       // kept for this browser, out of the address bar and of links
-      remember(HOST, host);
-      asked.delete('host');
-      history.replaceState(null, '', `${location.pathname}${asked.size ? `?${asked}` : ''}`);
-    }
-    let data = {}, watching = '', item = null, spoken = '', lost = 'live', keptLane = null;
+    const { owner, host } = PS.visitor();
+    let data = {}, watching = '', item = null, spoken = '', lost = 'live', keptLane = null, busy = '';
 
     const feed = PS.liveFeed(root, {
       open: async () => (await server.open_live({ owner, host })).token,
@@ -47,6 +38,8 @@
 
     const drawers = {
       jobs() {
+        const atWork = (data.jobs || []).filter((j) => j.status === 'running' || j.status === 'queued').map((j) => j.experiment).join();
+        if (atWork !== busy) { busy = atWork; trigger('tick'); }
         const jobs = (data.jobs || []).filter((j) => j.experiment !== watching);
         const open = part('jobs').querySelector('details')?.open ?? !watching;
         PS.redraw(part('jobs'), jobs, () => (jobs.length ? [el('details', { class: 'lr-others', open }, el('summary', {}, `Other runs on this studio (${jobs.length})`),

@@ -28,7 +28,7 @@ class LiveRace(gr.HTML):
     ``value`` is ``{"watch": experiment, "owner": secret}``: Python sets ``watch``; the browser
     makes ``owner`` once and keeps it, so that a reload finds the run and may still cancel it.
 
-    Fires ``stop`` when the watched experiment is over.
+    Fires ``stop`` when the watched experiment is over, ``tick`` when another set of experiments runs or waits.
 
     Args:
         open_live: returns ``{"token": ...}`` for the socket.
@@ -39,7 +39,7 @@ class LiveRace(gr.HTML):
         super().__init__(
             value={},
             html_template=TEMPLATE,
-            js_on_load="ParetoStudio.mountRace(element, props, trigger, watch, server); /* 'stop' */",
+            js_on_load="ParetoStudio.mountRace(element, props, trigger, watch, server); /* 'stop' 'tick' */",
             apply_default_css=False,
             server_functions=[open_live, cancel_run],
             style={"colours": LANE_COLOURS, "marks": LANE_MARKS},

@@ -21,8 +21,9 @@ SCRIPTS = (
     "history_table.js",
     "compare_parts.js",
     "library.js",
+    "papers.js",
 )
-STYLES = ("page.css", "pipeline_editor.css", "live_race.css", "compare.css", "library.css")
+STYLES = ("page.css", "pipeline_editor.css", "live_race.css", "compare.css", "library.css", "papers.css")
 
 
 def head() -> str:

@@ -31,7 +31,7 @@
     async function plot(holder, spec, label) {
       const embed = await load(props.bundle);
       if (!holder.isConnected || !holder.clientWidth) return;
-      const sized = { ...structuredClone(spec), width: Math.max(220, holder.clientWidth), autosize: { type: 'fit', contains: 'padding' } };
+      const sized = { ...structuredClone(spec), width: Math.max(220, holder.clientWidth), padding: { left: 4, right: 16, top: 4, bottom: 4 }, autosize: { type: 'fit', contains: 'padding' } };
       if (sized.width < 480 && sized.layer) sized.layer = sized.layer.filter((layer) => !(layer.name || '').startsWith('wide'));
       const { view } = await embed(holder, sized, { actions: false, renderer: 'svg', config: CONFIG });
       view.addEventListener('click', (event, item) => { if (item?.datum?.run && 'chosen' in (view.getState().signals || {})) choose(item.datum.run); });
@@ -47,7 +47,7 @@
     function draw() {
       const v = props.value || {}, now = JSON.stringify(v);
       if (now !== shown) build(v);
-      if (shown !== now && v.summary) say(v.summary);
+      if (shown !== now && v.announce) say(v.summary);
       shown = now;
       if (v.chosen !== undefined) mark(v.chosen);
     }

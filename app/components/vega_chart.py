@@ -32,8 +32,9 @@ def vega_bundle(cache: Path) -> Path:
         if not target.exists():
             import vl_convert  # slow: it starts a JavaScript engine
 
+            script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
             part = target.with_suffix(f".{os.getpid()}.part")
-            part.write_text(f"(()=>{{{vl_convert.javascript_bundle()}\n}})();", encoding="utf-8")  # its names stay inside
+            part.write_text(f"(()=>{{{script}\n}})();", encoding="utf-8")  # its names stay inside
             part.replace(target)
     return target
 
@@ -42,7 +43,8 @@ class VegaChart(gr.HTML):
     """``value``: ``{title, specs, summary, warning, table: {head, rows}}``, or ``{title, empty}``: what to do next.
 
     A row of the table is a list of texts, or ``{id, mark, colour, cells}``: then its first cell is a button, the
-    keyboard's way to what a click on a point does. Either fires ``select`` with ``{run: id}``.
+    keyboard's way to what a click on a point does. Either fires ``select`` with ``{run: id}``. With ``announce`` a new
+    sentence is spoken by screen readers.
 
     Args:
         bundle: the script of :func:`vega_bundle`; it must be served as a static file.

@@ -49,13 +49,26 @@ def free_port() -> int:
 
 
 def start_studio(data: Path, *flags: str, step_s: float = 0.01) -> tuple[subprocess.Popen[bytes], str]:
-    """A running studio and its address."""
+    """A running studio with the replaying worker, and its address."""
+    return start_server(data, [sys.executable, str(APP), "{port}", str(data), *flags], {"REPLAY_STEP_S": str(step_s)})
+
+
+def start_server(data: Path, command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+    """A studio process that answers, and its address.
+
+    Args:
+        data: its folder; also that of its device locks, so that it has the device for itself.
+        command: ``{port}`` stands for a free port.
+        environment: what it gets besides this process' own.
+    """
     port = free_port()
-    environment = {**os.environ, "REPLAY_STEP_S": str(step_s), "PARETO_STUDIO_LOCKS": str(data / "locks")}  # a device of its own
-    log = open(data / "app.log", "wb")  # noqa: SIM115 - the process keeps it
-    process = subprocess.Popen(
-        [sys.executable, str(APP), str(port), str(data), *flags], stdout=log, stderr=subprocess.STDOUT, env=environment
-    )
+    with open(data / "app.log", "wb") as log:
+        process = subprocess.Popen(
+            [word.format(port=port) for word in command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PARETO_STUDIO_LOCKS": str(data / "locks"), **environment},
+        )
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         if process.poll() is not None:

@@ -118,6 +118,8 @@ class Replay:
         while (request := self.requests.get())["op"] != "shutdown":
             if request["op"] == "run":
                 self.run(request["experiment"], request["spec"])
+            elif request["op"] == "unload":
+                self.say(request.get("request", ""), "note", text="the model was unloaded; its memory is free again")
             elif request["op"] == "inspect":
                 self.inspect(request["request"], str(request["model"]))
 

@@ -1,0 +1,57 @@
+"""Knobs that the model bounds: what does not fit is told with the value that would, and the mended pipeline has no problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from studio_state.catalog import Catalog
+from studio_state.experiment import ModelInfo
+from studio_state.model_fit import candidates, nearest_number
+from studio_state.pipeline import Pipeline, Step
+from studio_state.problems import pipeline_problems
+
+CATALOG = Catalog.load()
+SMOLLM2 = ModelInfo(name="smollm2-135m", family="llm", layers=30, hidden=576, ffn=1536)  # its config.json
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs", "model", "value", "part"),
+    [
+        ("rtn", {"bits": 4, "group_size": 256}, SMOLLM2, 64, "256 does not divide the width 576 of smollm2-135m; these do: 32, 64"),
+        ("rtn", {"bits": 4, "group_size": 128}, SMOLLM2, 64, "128 does not divide the width 576"),
+        ("knorm", {"skip_layers": 40}, SMOLLM2, 29, "skip_layers = 40, but smollm2-135m has 30 layers (0 to 29)"),
+    ],
+)  # fmt: skip
+def test_the_mend_is_the_nearest_value_that_fits(
+    policy: str, knobs: dict[str, Any], model: ModelInfo, value: int, part: str
+) -> None:
+    [problem] = pipeline_problems(Pipeline(steps=(Step(policy=policy, knobs=knobs),)), CATALOG, model)
+    assert part in problem.message
+    assert problem.mend is not None
+    assert (problem.mend.action, problem.mend.knob, problem.mend.value) == ("set", problem.knob, value)
+    mended = Step(policy=policy, knobs={**knobs, problem.mend.knob: problem.mend.value})
+    assert pipeline_problems(Pipeline(steps=(mended,)), CATALOG, model) == []
+
+
+def test_where_no_value_fits_the_policy_is_removed() -> None:
+    odd = ModelInfo(name="odd", family="llm", hidden=90, ffn=270)  # 2 * 3^2 * 5: no power of two above 2
+    [problem] = pipeline_problems(Pipeline(steps=(Step(policy="rtn", knobs={"bits": 4}),)), CATALOG, odd)
+    assert "no allowed group_size does" in problem.message
+    assert problem.mend is not None
+    assert (problem.mend.action, problem.mend.step) == ("remove", 0)
+
+
+def test_a_policy_for_another_family_can_only_be_removed() -> None:
+    [problem] = pipeline_problems(Pipeline(steps=(Step(policy="snapkv"),)), CATALOG, ModelInfo(name="m", family="vit"))
+    assert problem.mend is not None
+    assert problem.mend.action == "remove"
+
+
+def test_candidates_come_from_the_schema() -> None:
+    assert candidates({"enum": [256, 32, True, "x"]}) == [32, 256]
+    assert candidates({"minimum": 10, "maximum": 64, "multipleOf": 16}) == [16, 32, 48, 64]
+    assert candidates({"minimum": 1}) == []
+    assert nearest_number(96, [64, 128]) == 64
+    assert nearest_number(96, []) is None
