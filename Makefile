@@ -1,6 +1,7 @@
 # make run     install once, then start the studio          make test      install for tests, then run them
 # make test-all  the slow tests too                         make check     format, lint, types, unit tests
 # make bench   speed of the engine                          make catalog   regenerate assets/catalog.json
+# make screenshots  take the pictures of the README from the running studio
 #
 # PYTHON=python3.12 make run   chooses the interpreter (3.11 or newer).  ARGS="--port 8080" is handed on to the studio.
 
@@ -19,7 +20,7 @@ TESTS ?= tests
 # Seconds that the download of Chromium may take before the system's package is tried.
 BROWSER_TIMEOUT ?= 120
 
-.PHONY: run test test-all check bench catalog browser clean
+.PHONY: run test test-all check bench catalog screenshots browser clean
 
 run: $(VENV)/.installed
 	$(BIN)/pareto-studio $(ARGS)
@@ -43,6 +44,10 @@ bench: $(VENV)/.installed
 catalog: $(VENV)/.installed
 	$(BIN)/python -m workers describe > assets/catalog.json.part || { rm -f assets/catalog.json.part; exit 1; }
 	mv assets/catalog.json.part assets/catalog.json
+
+# A race of SmolLM2 in the real page; on a quiet machine the numbers in the pictures mean something.
+screenshots: $(VENV)/.installed-dev browser
+	$(BIN)/python -m tests.ui.screenshots
 
 # Nothing to do where a Chromium is there; else Playwright's own, else Debian's, else say what to do.
 browser: $(VENV)/.installed-dev

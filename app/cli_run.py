@@ -73,7 +73,9 @@ def watch(dispatch: Dispatch, experiment: str, errors: Console) -> tuple[list[Ev
                 events.append(event)
                 race.feed([event])
                 if isinstance(event, Note):
-                    progress.console.print(event.text, style="yellow" if event.level == "warning" else "dim", markup=False, soft_wrap=True)
+                    progress.console.print(
+                        event.text, style="yellow" if event.level == "warning" else "dim", markup=False, soft_wrap=True
+                    )
                 done = race.progress()
                 progress.update(task, description=_phase(race), total=None if done is None else 1.0, completed=done or 0.0)
 

@@ -124,9 +124,13 @@ def cautions(a: Side, b: Side) -> list[str]:
     if a.picked.run.key == b.picked.run.key:
         found.append("Both sides are the same run; choose another one.")
     elif not pairs_allowed(a, b):
-        found.append("The two runs did not see the same items, so nothing is paired: the ratios are of two single numbers, without intervals or tests.")
+        found.append(
+            "The two runs did not see the same items, so nothing is paired: the ratios are of two single numbers, without intervals or tests."
+        )
     elif a.results.experiment != b.results.experiment:
-        found.append("The two runs were not interleaved: they are of different experiments, so slow drift of the machine is part of the ratios of speed.")
+        found.append(
+            "The two runs were not interleaved: they are of different experiments, so slow drift of the machine is part of the ratios of speed."
+        )
     found += [f"{s.picked.name}: {flag}" for s in (a, b) for flag in (*s.lane.flags, s.lane.message) if flag]
     return found
 
@@ -164,7 +168,9 @@ def _ratio(name: str, a: Side, b: Side, paired: bool) -> Estimate:
 
 def verdict_of(name: str, ratio: Estimate) -> str:
     """Whether b is better than a, by the same rule as on the live page; empty where there is no ratio."""
-    return "" if ratio.value is None else verdict(name, Ratio(lane=0, name=name, value=ratio.value, low=ratio.low, high=ratio.high))
+    return (
+        "" if ratio.value is None else verdict(name, Ratio(lane=0, name=name, value=ratio.value, low=ratio.low, high=ratio.high))
+    )
 
 
 def paired_test(name: str, a: Side, b: Side) -> str:
@@ -181,10 +187,18 @@ def paired_test(name: str, a: Side, b: Side) -> str:
 
 
 def _mcnemar_text(a: Side, b: Side) -> str:
-    keys = [k for k, o in a.lane.outputs.items() if o.correct is not None and k in b.lane.outputs and b.lane.outputs[k].correct is not None]
+    keys = [
+        k
+        for k, o in a.lane.outputs.items()
+        if o.correct is not None and k in b.lane.outputs and b.lane.outputs[k].correct is not None
+    ]
     if not keys:
         return ""
     test = mcnemar([bool(a.lane.outputs[k].correct) for k in keys], [bool(b.lane.outputs[k].correct) for k in keys])
     d = difference_between("accuracy", b.lane, a.lane)
-    spread = f", B − A {digits(100 * d.value)} points ({digits(100 * d.low)} to {digits(100 * d.high)})" if d.value is not None and d.low is not None and d.high is not None else ""
+    spread = (
+        f", B − A {digits(100 * d.value)} points ({digits(100 * d.low)} to {digits(100 * d.high)})"
+        if d.value is not None and d.low is not None and d.high is not None
+        else ""
+    )
     return f"only A right: {test.only_a}, only B right: {test.only_b} of {test.n}; McNemar p = {digits(test.p_value)}{spread}"

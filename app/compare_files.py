@@ -37,7 +37,9 @@ def export_files(store: Store, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"files": [_file(f"runs.{kind}", kind, export_runs(store, keys, chosen))]}
     experiments = list(dict.fromkeys(x for x, _ in keys))
     if len(experiments) > MAX_CARDS:
-        raise StoreError(f"the picked runs are of {len(experiments)} experiments; at most {MAX_CARDS} run cards are saved at once: pick fewer")
+        raise StoreError(
+            f"the picked runs are of {len(experiments)} experiments; at most {MAX_CARDS} run cards are saved at once: pick fewer"
+        )
     return {"files": [_file(f"run-card-{x}.json", kind, export_card(store.data, x).text().encode()) for x in experiments]}
 
 

@@ -93,7 +93,11 @@ def row_of(p: Picked, values: Sequence[float]) -> dict[str, Any]:
     return {
         "mark": p.mark,
         "colour": p.colour,
-        "cells": [*cells, str(seconds_quantity(float(p99))) if len(values) >= P99_FROM else "–", str(seconds_quantity(max(values)))],
+        "cells": [
+            *cells,
+            str(seconds_quantity(float(p99))) if len(values) >= P99_FROM else "–",
+            str(seconds_quantity(max(values))),
+        ],
     }
 
 

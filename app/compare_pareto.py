@@ -24,11 +24,18 @@ def pareto_figure(picked: Sequence[Picked], x: str | None, y: str | None, band: 
     """The chart with its sentence and its table; without runs, what to do next."""
     title = "Pareto: what is bought with quality"
     if not picked or x is None or y is None:
-        missing = EMPTY if not picked else "The picked runs have no metric of quality to set against speed or memory; pick runs of a workload that scores."
+        missing = (
+            EMPTY
+            if not picked
+            else "The picked runs have no metric of quality to set against speed or memory; pick runs of a workload that scores."
+        )
         return {"title": title, "empty": missing}
     frame = pareto_frame(picked, x, y)
     if frame.empty:
-        return {"title": title, "empty": f"None of the picked runs has both {metric_title(x).lower()} and {metric_title(y).lower()}; choose other axes."}
+        return {
+            "title": title,
+            "empty": f"None of the picked runs has both {metric_title(x).lower()} and {metric_title(y).lower()}; choose other axes.",
+        }
     return {
         "title": title,
         "specs": [pareto_chart(frame, x, y, band)],
@@ -48,7 +55,18 @@ def pareto_frame(picked: Sequence[Picked], x: str, y: str) -> pd.DataFrame:
     for p in picked:
         a, b = p.run.value(x), p.run.value(y)
         if a is not None and b is not None:
-            rows.append({"run": p.id, "name": p.name, "x": a, "y": b, "baseline": p.is_baseline, "mark": p.mark, "colour": p.colour, "group": p.group})
+            rows.append(
+                {
+                    "run": p.id,
+                    "name": p.name,
+                    "x": a,
+                    "y": b,
+                    "baseline": p.is_baseline,
+                    "mark": p.mark,
+                    "colour": p.colour,
+                    "group": p.group,
+                }
+            )
     frame = pd.DataFrame(rows, columns=["run", "name", "x", "y", "baseline", "mark", "colour", "group"])
     by = [_beaten_by(row, frame, x, y) for row in frame.to_dict("records")]
     beaten = pd.Series([b != "" for b in by], index=frame.index, dtype=bool)
@@ -114,7 +132,9 @@ def _interval(history: History, p: Picked, row: MetricRow) -> tuple[float, float
 def _half_width(history: History, p: Picked, name: str) -> float:
     """Half the 95 % interval of the mean over the run's items; 0 where fewer than two were kept."""
     experiment, lane = p.run.key
-    samples = [m.value for m in history.metrics(experiment, name=name) if m.lane == lane and m.item is not None and m.value is not None]
+    samples = [
+        m.value for m in history.metrics(experiment, name=name) if m.lane == lane and m.item is not None and m.value is not None
+    ]
     if len(samples) < 2:
         return 0.0
     mean = paired_bootstrap(samples, [0.0] * len(samples))
@@ -141,7 +161,11 @@ def summary(frame: pd.DataFrame, x: str, y: str, band: Band | None) -> str:
         text = f"{_listed(front)} {'is' if len(front) == 1 else 'are'} on the front: no other run is at least as good in {axes}"
         text += f"; {beaten} of {len(own)} {'is' if beaten == 1 else 'are'} beaten." if beaten else "."
     inside = [str(r["name"]) for r in own.to_dict("records") if band is not None and band.holds(r["x"], r["y"])]
-    return text + (f" {_listed(inside)} {'lies' if len(inside) == 1 else 'lie'} within the baseline's noise: no difference is shown." if inside else "")
+    return text + (
+        f" {_listed(inside)} {'lies' if len(inside) == 1 else 'lie'} within the baseline's noise: no difference is shown."
+        if inside
+        else ""
+    )
 
 
 def _verdict(row: dict[str, Any], band: Band | None) -> str:
@@ -157,7 +181,11 @@ def warning(picked: Sequence[Picked]) -> str:
     if len(groups) < 2:
         return ""
     workloads = {p.run.experiment.workload for p in picked}
-    what = f"different workloads ({', '.join(sorted(str(w) for w in workloads))})" if len(workloads) > 1 else "different options, devices or seeds"
+    what = (
+        f"different workloads ({', '.join(sorted(str(w) for w in workloads))})"
+        if len(workloads) > 1
+        else "different options, devices or seeds"
+    )
     return f"These runs are of {what}: a run is only called beaten by one that did the same work."
 
 

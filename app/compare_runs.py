@@ -113,7 +113,11 @@ def group_of(row: ExperimentRow) -> str:
 def metric_choices(picked: Sequence[Picked], groups: tuple[str, ...], first: Sequence[str]) -> list[str]:
     """Names of metrics that at least one run has, the usual ones first."""
     here = {n for p in picked for n, m in p.run.metrics.items() if m.value is not None}
-    names = [n for n in METRICS if n in here and METRICS[n].group in groups and METRICS[n].better != "neither" and n not in _NOT_OF_A_LANE]
+    names = [
+        n
+        for n in METRICS
+        if n in here and METRICS[n].group in groups and METRICS[n].better != "neither" and n not in _NOT_OF_A_LANE
+    ]
     return sorted(names, key=lambda n: first.index(n) if n in first else len(first))
 
 

@@ -40,7 +40,9 @@ def answer_query(history: History, sql: str) -> dict[str, Any]:
         found = run_sql(sql[:MAX_QUERY], history.snapshot(Path(folder) / "snapshot"))
     shown = [[_text(v) for v in row] for row in found.rows[:SHOWN_ROWS]]
     count = f"{len(found.rows):,} {'row' if len(found.rows) == 1 else 'rows'}"
-    note = f"{count} in {time.perf_counter() - start:.1f} s" + (f"; the first {SHOWN_ROWS} are shown" if len(found.rows) > SHOWN_ROWS else "")
+    note = f"{count} in {time.perf_counter() - start:.1f} s" + (
+        f"; the first {SHOWN_ROWS} are shown" if len(found.rows) > SHOWN_ROWS else ""
+    )
     return {"columns": found.columns, "rows": shown, "note": note}
 
 

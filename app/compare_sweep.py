@@ -45,7 +45,10 @@ def find_sweeps(picked: Sequence[Picked], catalog: Catalog) -> list[Sweep]:
         for i, (policy, knobs) in enumerate(steps):
             for knob, value in knobs.items():
                 rest = [(q, {k: v for k, v in ks.items() if (j, k) != (i, knob)}) for j, (q, ks) in enumerate(steps)]
-                key = json.dumps([policy, knob, i, rest, p.group, p.run.experiment.model, p.run.experiment.dtype, p.run.experiment.threads], sort_keys=True)
+                key = json.dumps(
+                    [policy, knob, i, rest, p.group, p.run.experiment.model, p.run.experiment.dtype, p.run.experiment.threads],
+                    sort_keys=True,
+                )
                 found[key].append((value, p))
     sweeps = []
     for key, points in found.items():
@@ -60,7 +63,9 @@ def _order(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, str(value))
 
 
-def sweep_figure(picked: Sequence[Picked], catalog: Catalog, x: str | None, y: str | None, band: Band | None = None) -> dict[str, Any]:
+def sweep_figure(
+    picked: Sequence[Picked], catalog: Catalog, x: str | None, y: str | None, band: Band | None = None
+) -> dict[str, Any]:
     """The first knob's sweeps for two metrics, with a sentence and a table; ``band`` is the baseline's noise in both."""
     sweeps = find_sweeps(picked, catalog)
     metrics = [m for m in (x, y) if m]
@@ -75,7 +80,8 @@ def sweep_figure(picked: Sequence[Picked], catalog: Catalog, x: str | None, y: s
     return {
         "title": TITLE,
         "specs": [sweep_chart(f, f"{title}: {knob}", m, noise.get(m)) for m, f in frames.items() if not f.empty],
-        "summary": " ".join(filter(None, (_trend(frames[m], f"{title}'s {knob}", m) for m in metrics))) or f"{title}'s {knob} was varied.",
+        "summary": " ".join(filter(None, (_trend(frames[m], f"{title}'s {knob}", m) for m in metrics)))
+        or f"{title}'s {knob} was varied.",
         "warning": f"The picked runs also vary {', '.join(others)}; pick fewer runs to see those curves." if others else "",
         "table": _table(same, knob, metrics),
     }
@@ -118,7 +124,15 @@ def _trend(frame: pd.DataFrame, what: str, metric: str) -> str:
 
 def _table(sweeps: Sequence[Sweep], knob: str, metrics: Sequence[str]) -> dict[str, Any]:
     rows = [
-        {"mark": p.mark, "colour": p.colour, "cells": [p.name, json.dumps(v) if isinstance(v, str) else str(v), *(str(metric_quantity(m, p.run.value(m))) for m in metrics)]}
+        {
+            "mark": p.mark,
+            "colour": p.colour,
+            "cells": [
+                p.name,
+                json.dumps(v) if isinstance(v, str) else str(v),
+                *(str(metric_quantity(m, p.run.value(m))) for m in metrics),
+            ],
+        }
         for s in sweeps
         for v, p in s.points
     ]

@@ -18,7 +18,16 @@ from studio_state.problems import describe_range, pipeline_problems
 from studio_state.resources import RESOURCES
 
 SHOWN_RUNS = 60
-RATIOS_SHOWN = ("decode_tokens_per_s", "score_tokens_per_s", "ttft_s", "kv_bytes", "weight_bytes", "peak_memory_bytes", "accuracy", "perplexity")
+RATIOS_SHOWN = (
+    "decode_tokens_per_s",
+    "score_tokens_per_s",
+    "ttft_s",
+    "kv_bytes",
+    "weight_bytes",
+    "peak_memory_bytes",
+    "accuracy",
+    "perplexity",
+)
 _MODES = {"owns": "decides alone", "edits": "changes, together with others", "needs": "needs intact", "spoils": "breaks"}
 _DIRECTIONS = {"up": "goes up", "down": "goes down", "same": "stays the same"}
 
@@ -72,7 +81,13 @@ def knob_rows(card: Card) -> list[dict[str, str]]:
 
 
 def _value(value: Any) -> str:
-    return "nothing" if value is None else {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return (
+        "nothing"
+        if value is None
+        else {True: "true", False: "false"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _facts(card: Card, catalog: Catalog) -> Iterator[tuple[str, str]]:
@@ -108,7 +123,9 @@ def conflicts(card: Card, catalog: Catalog) -> list[dict[str, str]]:
     for other in catalog.methods:
         if other.kind != "policy" or other.id == card.id:
             continue
-        tried = [(mine, theirs, _clash(card, mine, other, theirs, catalog)) for mine in variants(card) for theirs in variants(other)]
+        tried = [
+            (mine, theirs, _clash(card, mine, other, theirs, catalog)) for mine in variants(card) for theirs in variants(other)
+        ]
         bad = [t for t in tried if t[2]]
         if bad:
             mine, theirs, why = bad[0]
@@ -145,7 +162,12 @@ def _knobs(card: Card, knobs: Mapping[str, Any]) -> str:
 def runs_of(history: History, policy: str) -> dict[str, Any]:
     """The latest runs with this policy, the ones that went badly like the others, and a sentence that counts them."""
     page = read_page(history, size=SHOWN_RUNS, policy=policy)
-    runs = [r for e in page.experiments for r in page.runs[e.id] if any(s.get("policy") == policy for s in r.row.steps.get("steps") or [])]
+    runs = [
+        r
+        for e in page.experiments
+        for r in page.runs[e.id]
+        if any(s.get("policy") == policy for s in r.row.steps.get("steps") or [])
+    ]
     rows = [run_row(r) for r in runs]
     worse, idle = sum("worse" in {c["verdict"] for c in r["ratios"]} for r in rows), sum(r["no_effect"] for r in rows)
     failed = sum(r["status"] not in ("finished", "running", "queued") for r in rows)
@@ -165,7 +187,14 @@ def run_row(run: Run) -> dict[str, Any]:
         r = run.ratios.get(name)
         if r is not None and not (r.value == 1.0 and name in ("kv_bytes", "weight_bytes")):
             event = Ratio(lane=0, name=name, value=r.value, low=r.low, high=r.high)
-            ratios.append({"metric": metric_title(name), "text": ratio_text(r.value), "interval": interval_text(r.low, r.high), "verdict": verdict(name, event)})
+            ratios.append(
+                {
+                    "metric": metric_title(name),
+                    "text": ratio_text(r.value),
+                    "interval": interval_text(r.low, r.high),
+                    "verdict": verdict(name, event),
+                }
+            )
     flags = [*run.row.flags, *([run.row.message] if run.row.message else [])]
     return {
         "id": id_of(run.key), "name": short_name(run), "pipeline": run.row.pipeline, "status": run.row.status, "when": clock_time(run.experiment.submitted),

@@ -131,8 +131,8 @@ def cancel_for(ctx: Context, experiment: str, visitor: Visitor) -> str:
 def sentences(error: StudioError, names: Sequence[str] = ()) -> list[str]:
     """An error as sentences for the page, one a problem."""
     if not isinstance(error, SpecError):
-        return [_sentence(str(error))]
-    return [_sentence(_placed(p, names)) for p in error.problems]
+        return [sentence(str(error))]
+    return [sentence(_placed(p, names)) for p in error.problems]
 
 
 def _placed(problem: Problem, names: Sequence[str]) -> str:
@@ -141,5 +141,6 @@ def _placed(problem: Problem, names: Sequence[str]) -> str:
     return f"{names[problem.lane]}: {problem.message}"
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """A text with a capital letter in front and a full stop behind."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -51,7 +51,9 @@ def fill(con: duckdb.DuckDBPyConnection, runs: int = RUNS, metric_rows: int = ME
         f"""INSERT INTO ratios SELECT experiment, seq, lane, name, 1.1, 1.05, 1.15, 20 FROM metrics
             WHERE lane > 0 AND name = '{_NAMES[0]}'"""
     )
-    con.execute(f"INSERT INTO tags SELECT {ident.format('i * 10')}, 'tag-' || (i % 9), 1.7e9, '' FROM range({experiments // 10}) t(i)")
+    con.execute(
+        f"INSERT INTO tags SELECT {ident.format('i * 10')}, 'tag-' || (i % 9), 1.7e9, '' FROM range({experiments // 10}) t(i)"
+    )
 
 
 def steps(store: Store) -> dict[str, Callable[[], object]]:
@@ -89,7 +91,9 @@ def main() -> None:
         with Store(data) as store:
             store.flush()
             runs, metrics = RUNS, METRIC_ROWS
-            print(f"{runs:,} runs in {store.count():,} experiments, {metrics:,} rows of metrics; target for opening: {TARGET_MS} ms")
+            print(
+                f"{runs:,} runs in {store.count():,} experiments, {metrics:,} rows of metrics; target for opening: {TARGET_MS} ms"
+            )
             for name, step in steps(store).items():
                 times = milliseconds(step)
                 print(f"{name:34} median {statistics.median(times):6.0f} ms, slowest {max(times):6.0f} ms, n = {len(times)}")

@@ -42,13 +42,15 @@ def explain(error: duckdb.Error, path: Path | str) -> StoreError | Damaged:
     """What to raise for an error of DuckDB on opening."""
     text = str(error)
     if "Could not set lock" in text or "used by another process" in text:
-        return StoreError(
-            f"the database {path} is in use by another program; close it, or choose another folder with --data-dir"
-        )
+        return StoreError(f"the database {path} is in use by another program; close it, or choose another folder with --data-dir")
     if "newer version" in text or "version number" in text:
-        return StoreError(f"the database {path} is from a newer DuckDB; update Pareto Studio, or choose another folder with --data-dir")
+        return StoreError(
+            f"the database {path} is from a newer DuckDB; update Pareto Studio, or choose another folder with --data-dir"
+        )
     if "No space left" in text or "Read-only file system" in text or "Permission denied" in text:
-        return StoreError(f"cannot open the database {path}: {_first_line(text)}; free the disk, or choose another folder with --data-dir")
+        return StoreError(
+            f"cannot open the database {path}: {_first_line(text)}; free the disk, or choose another folder with --data-dir"
+        )
     return Damaged(_first_line(text))
 
 

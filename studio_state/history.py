@@ -88,7 +88,9 @@ class History:
 
     # -- experiments
 
-    def experiments(self, limit: int = 100, offset: int = 0, *, deleted: bool | None = False, **filters: str | None) -> list[ExperimentRow]:
+    def experiments(
+        self, limit: int = 100, offset: int = 0, *, deleted: bool | None = False, **filters: str | None
+    ) -> list[ExperimentRow]:
         """Experiments, newest first.
 
         Args:
@@ -122,7 +124,9 @@ class History:
             values = {"dead": self._dead(cursor, ids), "ids": list(ids), "limit": len(ids), "offset": 0}
             return self._experiment_rows(cursor, "e.id IN (SELECT unnest($ids::VARCHAR[]))", values)
 
-    def _where(self, cursor: duckdb.DuckDBPyConnection, deleted: bool | None, filters: dict[str, str | None]) -> tuple[str, dict[str, Any]]:
+    def _where(
+        self, cursor: duckdb.DuckDBPyConnection, deleted: bool | None, filters: dict[str, str | None]
+    ) -> tuple[str, dict[str, Any]]:
         unknown = filters.keys() - _FILTERS.keys()
         if unknown:
             raise TypeError(f"no filter {', '.join(sorted(unknown))}; allowed: {', '.join(_FILTERS)}")
@@ -150,13 +154,16 @@ class History:
     def _dead(self, cursor: duckdb.DuckDBPyConnection, among: Sequence[str] | None = None) -> list[str]:
         """Experiments without an end that no living process records, and of whose spool nothing is left to read."""
         found = cursor.execute(
-            "SELECT id FROM experiments WHERE status IN ('queued', 'running')" + ("" if among is None else " AND id IN (SELECT unnest(?::VARCHAR[]))"),
+            "SELECT id FROM experiments WHERE status IN ('queued', 'running')"
+            + ("" if among is None else " AND id IN (SELECT unnest(?::VARCHAR[]))"),
             [] if among is None else [list(among)],
         ).fetchall()
         silent = [x for (x,) in found if not is_alive(self.data.spool(x))]
         if not silent:
             return []
-        read = cursor.execute("SELECT experiment, bytes FROM ingested WHERE experiment IN (SELECT unnest(?::VARCHAR[]))", [silent]).fetchall()
+        read = cursor.execute(
+            "SELECT experiment, bytes FROM ingested WHERE experiment IN (SELECT unnest(?::VARCHAR[]))", [silent]
+        ).fetchall()
         return [x for x, size in read if not _has_more(self.data.spool(x), size)]
 
     # -- what an experiment left behind
@@ -204,7 +211,9 @@ class History:
     def verdicts_on(self, claim: str) -> list[VerdictRow]:
         """Every verdict on a claim, newest first; one that rests on several experiments comes once for each of them."""
         with self._cursor() as cursor:
-            rows = cursor.execute("SELECT experiment FROM verdicts WHERE claim = ? ORDER BY t DESC, experiment", [claim]).fetchall()
+            rows = cursor.execute(
+                "SELECT experiment FROM verdicts WHERE claim = ? ORDER BY t DESC, experiment", [claim]
+            ).fetchall()
         found = {v.experiment: v for v in self.verdicts([e for (e,) in rows]) if v.claim == claim}
         return [found[e] for (e,) in rows if e in found]
 
@@ -216,7 +225,9 @@ class History:
     def values(self, column: Literal["model", "workload", "device"]) -> list[str]:
         """What a column of the experiments holds, sorted; for choosing a filter."""
         with self._cursor() as cursor:
-            found = cursor.execute(f"SELECT DISTINCT {column} FROM experiments e WHERE {column} IS NOT NULL AND {_NOT_DELETED} ORDER BY 1").fetchall()
+            found = cursor.execute(
+                f"SELECT DISTINCT {column} FROM experiments e WHERE {column} IS NOT NULL AND {_NOT_DELETED} ORDER BY 1"
+            ).fetchall()
         return [v for (v,) in found]
 
     def _rows(self, kind: type[R], table: str, experiment: str | Sequence[str], more: str = "",

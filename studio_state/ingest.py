@@ -151,7 +151,11 @@ class Ingester:
                 entries = sorted((e for e in found if e.name.endswith(".jsonl")), key=lambda e: e.name)
             if newest is not None:
                 entries = entries[max(0, len(entries) - newest) :]
-            grown = [Path(e.path) for e in entries if e.stat().st_size != self.positions.get(e.name[: -len(".jsonl")], Position()).bytes]
+            grown = [
+                Path(e.path)
+                for e in entries
+                if e.stat().st_size != self.positions.get(e.name[: -len(".jsonl")], Position()).bytes
+            ]
         except FileNotFoundError:
             return []
         except OSError as e:
@@ -171,7 +175,9 @@ class Ingester:
             self._spools(paths)
         except (duckdb.DataError, duckdb.ProgrammingError, OverflowError, UnicodeError, TypeError) as error:
             if len(paths) == 1:  # numbers or texts that no column can hold, put there by another program
-                self.refused[paths[0]] = f"the record {paths[0].name} holds values that cannot be stored: {str(error).splitlines()[0]}"
+                self.refused[paths[0]] = (
+                    f"the record {paths[0].name} holds values that cannot be stored: {str(error).splitlines()[0]}"
+                )
                 return
             for path in paths:
                 self.spools([path])

@@ -164,7 +164,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"the query needs more than {_MEMORY} of memory; select fewer rows or columns"}
     except (duckdb.PermissionException, duckdb.InvalidInputException) as e:
         if "disabled" in str(e) or "locked" in str(e):
-            return {"error": "files, the network, extensions and settings cannot be used in queries; only the views of the record"}
+            return {
+                "error": "files, the network, extensions and settings cannot be used in queries; only the views of the record"
+            }
         return {"error": f"the query failed: {_line(e)}"}
     except duckdb.Error as e:
         return {"error": f"the query failed: {_line(e)}"}

@@ -102,7 +102,8 @@ def _bootstrap(values: NDArray[np.float64], seed: int, resamples: int) -> NDArra
     rng = np.random.default_rng(seed)
     step = max(1, _BLOCK // values.size)
     parts = [
-        _trimmed(values[rng.integers(0, values.size, (min(step, resamples - done), values.size))]) for done in range(0, resamples, step)
+        _trimmed(values[rng.integers(0, values.size, (min(step, resamples - done), values.size))])
+        for done in range(0, resamples, step)
     ]
     return np.concatenate(parts)
 
@@ -142,9 +143,7 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def paired_bootstrap(
-    a: Numbers, b: Numbers, *, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+def paired_bootstrap(a: Numbers, b: Numbers, *, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean of the paired differences a - b with a bootstrap interval (standard error times Student's quantile).
 
     For scores, negative log-likelihoods and 0/1 answers of the same items.

@@ -42,7 +42,11 @@ def spools(target: Path) -> Path:
 
 
 def _recorded() -> Path:
-    parts = [Path(__file__), *(ROOT / "studio_state" / f"{n}.py" for n in ("events", "experiment", "spool")), ROOT / "workers" / "race.py"]
+    parts = [
+        Path(__file__),
+        *(ROOT / "studio_state" / f"{n}.py" for n in ("events", "experiment", "spool")),
+        ROOT / "workers" / "race.py",
+    ]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:12]
     home = root() / f"history-{stamp}"
     root().mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,11 @@ def _run(folder: Path, experiment: str) -> None:
 
     workload, options, lanes = _asked()[experiment]
     spec = ExperimentSpec(
-        model=str(llama_folder()), workload=WorkloadSpec(id=workload, options=options), lanes=tuple(map(parse_pipeline, lanes)), max_new_tokens=16, threads=1
+        model=str(llama_folder()),
+        workload=WorkloadSpec(id=workload, options=options),
+        lanes=tuple(map(parse_pipeline, lanes)),
+        max_new_tokens=16,
+        threads=1,
     )
     t = 1.767e9 + 86_400 * list(_asked()).index(experiment)
     outputs = 0

@@ -107,12 +107,14 @@ class ModelHost:
     ) -> Session:
         return Session(spec=spec, info=info, family=_family(info), model=model, processor=processor, device=device, dtype=dtype)
 
-    def unload(self) -> None:
-        """Let the model go and give its memory back."""
+    def unload(self) -> bool:
+        """Let the model go and give its memory back; False if there was none."""
+        was_there = self.loaded is not None
         self.key = self.loaded = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return was_there
 
 
 def _family(info: ModelInfo) -> Family:

@@ -5,7 +5,8 @@ Requests, one JSON object a line::
     {"op": "run", "experiment": ID, "spec": {...}}
     {"op": "cancel", "experiment": ID}
     {"op": "inspect", "request": ID, "model": NAME, "spec": {...} | null}
-    {"op": "unload"}        {"op": "shutdown"}
+    {"op": "unload", "request": ID}        (without a request, nothing is said where no model was loaded)
+    {"op": "shutdown"}
 
 A small thread reads stdin, so that a cancel arrives while an experiment runs.
 """
@@ -101,8 +102,7 @@ class Server:
         elif request["op"] == "inspect":
             self._inspect(request)
         elif request["op"] == "unload":
-            self.host.unload()
-            Writer(self.out).write(Note(text="the model was unloaded"))
+            self._unload(str(request.get("request", "")))
         else:
             Writer(self.out).write(Note(text=f"the worker knows no operation {request['op']!r}", level="warning"))
 
@@ -116,6 +116,13 @@ class Server:
         for event in engine.run(spec, self.host, lambda: self.closed or experiment in self.cancelled, writer.write):
             writer.write(event)
         self.cancelled.discard(experiment)
+
+    def _unload(self, name: str) -> None:
+        """Drop the model; whoever asked by name is answered also if there was none."""
+        if self.host.unload():
+            Writer(self.out, name).write(Note(text="the model was unloaded; its memory is free again"))
+        elif name:
+            Writer(self.out, name).write(Note(text="no model was loaded"))
 
     def _inspect(self, request: dict[str, Any]) -> None:
         """Answer what a model is and what it needs, without loading it."""

@@ -73,16 +73,28 @@ def pareto_chart(frame: pd.DataFrame, x: str, y: str, band: Band | None) -> Spec
     data = frame.assign(x=frame["x"] * kx, y=frame["y"] * ky).drop(columns=["group"])
     xs = alt.X("x:Q", title=scaled(x)[1], axis=alt.Axis(tickCount=8), scale=alt.Scale(zero=False, nice=False, padding=28))
     ys = alt.Y("y:Q", axis=_y_axis(y), scale=alt.Scale(zero=False, nice=False, padding=22))
-    tip = [alt.Tooltip("name:N", title="Run"), alt.Tooltip("x:Q", title=metric_title(x), format=".4~g"), alt.Tooltip("y:Q", title=metric_title(y), format=".4~g")]
+    tip = [
+        alt.Tooltip("name:N", title="Run"),
+        alt.Tooltip("x:Q", title=metric_title(x), format=".4~g"),
+        alt.Tooltip("y:Q", title=metric_title(y), format=".4~g"),
+    ]
     chosen = alt.param(name="chosen", value="")
     base = alt.Chart(data).encode(x=xs, y=ys)
     layers = [*_band_layers(band, kx, ky)]
     front = data[~data["dominated"]].sort_values(["x", "y"])
     if len(front) > 1 and not front["baseline"].all():
-        layers.append(alt.Chart(front).mark_line(color=QUIET, strokeDash=[3, 3], strokeWidth=1, interpolate="linear").encode(x="x:Q", y="y:Q"))
+        layers.append(
+            alt.Chart(front)
+            .mark_line(color=QUIET, strokeDash=[3, 3], strokeWidth=1, interpolate="linear")
+            .encode(x="x:Q", y="y:Q")
+        )
     opacity = alt.condition("datum.dim", alt.value(0.5), alt.value(1.0))
-    ring = base.mark_point(shape="circle", size=420, filled=False, strokeWidth=2, color="#0072B2").encode(opacity=alt.condition("datum.run === chosen", alt.value(1.0), alt.value(0.0)))
-    points = base.mark_text(fontSize=17, cursor="pointer").encode(text="mark:N", color=alt.Color("colour:N", scale=None, legend=None), opacity=opacity, tooltip=tip)
+    ring = base.mark_point(shape="circle", size=420, filled=False, strokeWidth=2, color="#0072B2").encode(
+        opacity=alt.condition("datum.run === chosen", alt.value(1.0), alt.value(0.0))
+    )
+    points = base.mark_text(fontSize=17, cursor="pointer").encode(
+        text="mark:N", color=alt.Color("colour:N", scale=None, legend=None), opacity=opacity, tooltip=tip
+    )
     layers += [ring, points]
     if len(data) <= NAMED_POINTS:
         layers += _names(data, xs, ys)
@@ -131,8 +143,15 @@ def sweep_chart(frame: pd.DataFrame, knob: str, metric: str, noise: tuple[float,
     data = frame.assign(value=frame["value"] * k, base=frame["base"] * k)
     if not numeric:
         data = data.assign(knob=data["knob"].astype(str))
-    x = alt.X("knob:Q" if numeric else "knob:N", title=knob, scale=alt.Scale(zero=False, nice=False, padding=24) if numeric else alt.Undefined, axis=alt.Axis(labelAngle=0))
-    base = alt.Chart(data).encode(x=x, y=alt.Y("value:Q", axis=_y_axis(metric), scale=alt.Scale(zero=False, nice=False, padding=14)))
+    x = alt.X(
+        "knob:Q" if numeric else "knob:N",
+        title=knob,
+        scale=alt.Scale(zero=False, nice=False, padding=24) if numeric else alt.Undefined,
+        axis=alt.Axis(labelAngle=0),
+    )
+    base = alt.Chart(data).encode(
+        x=x, y=alt.Y("value:Q", axis=_y_axis(metric), scale=alt.Scale(zero=False, nice=False, padding=14))
+    )
     colour = alt.Color("colour:N", scale=None, legend=None)
     tip = [alt.Tooltip("name:N", title="Run"), alt.Tooltip("value:Q", title=metric_title(metric), format=".4~g")]
     layers: list[Any] = []
@@ -140,8 +159,15 @@ def sweep_chart(frame: pd.DataFrame, knob: str, metric: str, noise: tuple[float,
         span = pd.DataFrame([{"low": noise[0] * k, "high": noise[1] * k}])
         layers.append(alt.Chart(span).mark_rect(color=INK, opacity=0.07).encode(y="low:Q", y2="high:Q"))
     if data["base"].notna().any():
-        layers.append(alt.Chart(data).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2).encode(y=alt.Y("mean(base):Q"), detail="sweep:N"))
-    layers += [base.mark_line(strokeWidth=2).encode(detail="sweep:N", color=colour), base.mark_text(fontSize=15).encode(text="mark:N", color=colour, tooltip=tip)]
+        layers.append(
+            alt.Chart(data)
+            .mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2)
+            .encode(y=alt.Y("mean(base):Q"), detail="sweep:N")
+        )
+    layers += [
+        base.mark_line(strokeWidth=2).encode(detail="sweep:N", color=colour),
+        base.mark_text(fontSize=15).encode(text="mark:N", color=colour, tooltip=tip),
+    ]
     return _specification(alt.layer(*layers), 240)
 
 
@@ -153,5 +179,9 @@ def latency_chart(frame: pd.DataFrame) -> Spec:
         y=alt.Y("share:Q", axis=alt.Axis(title="% of tokens that came at most this late", titleAngle=0, titleAlign="left", titleAnchor="end", titleX=-36, titleY=-12), scale=alt.Scale(domain=[0, 100])),
         color=alt.Color("colour:N", scale=None, legend=None), detail="run:N",
     )  # fmt: skip
-    tip = [alt.Tooltip("name:N", title="Run"), alt.Tooltip("ms:Q", title="ms", format=".3~g"), alt.Tooltip("share:Q", title="% of tokens", format=".3~g")]
+    tip = [
+        alt.Tooltip("name:N", title="Run"),
+        alt.Tooltip("ms:Q", title="ms", format=".3~g"),
+        alt.Tooltip("share:Q", title="% of tokens", format=".3~g"),
+    ]
     return _specification(base.mark_line(strokeWidth=2, interpolate="step-after").encode(tooltip=tip), 260)

@@ -32,7 +32,14 @@ class HistoryTable(gr.HTML):
     """
 
     def __init__(
-        self, *, history_page: ServerFunction, history_act: ServerFunction, most: int, names: list[dict[str, Any]] | None = None, reload: int = 0, **kwargs: Any
+        self,
+        *,
+        history_page: ServerFunction,
+        history_act: ServerFunction,
+        most: int,
+        names: list[dict[str, Any]] | None = None,
+        reload: int = 0,
+        **kwargs: Any,
     ):
         super().__init__(
             value={"picked": []},

@@ -26,32 +26,34 @@
   PS.laneColumns = (place, data) => {
     const lanes = data.lanes || [];
     if (place.children.length !== lanes.length) place.replaceChildren(...lanes.map(newColumn));
-    lanes.forEach((lane, i) => fillColumn(place.children[i], lane));
+    const compared = new Set(lanes.flatMap((lane) => lane.rows.filter((row) => row.ratio).map((row) => row.name)));
+    lanes.forEach((lane, i) => fillColumn(place.children[i], lane, compared));
   };
 
   const newColumn = (lane) => el('section', { class: 'lr-lane', 'data-lane-index': lane.lane, 'aria-label': `Race, ${lane.letter ? `lane ${lane.letter}` : 'baseline'}`, style: `--lane:${lane.colour}` },
     el('header', {}), el('div', { class: 'lr-now' }), el('dl', { class: 'lr-rows' }), el('div', { class: 'lr-memory' }), el('div', { class: 'lr-text' }), el('div', { class: 'lr-flags' }));
 
-  function fillColumn(node, lane) {
+  /** compared: metrics that have a ratio in some lane; the others keep its line free, so that rows stand side by side. */
+  function fillColumn(node, lane, compared) {
     node.style.setProperty('--lane', lane.colour);
     node.classList.toggle('lr-active', lane.active);
     node.querySelector('header').replaceChildren(
       el('div', { class: 'lr-name' }, PS.laneMark(lane), el('h3', {}, lane.name)),
-      el('div', { class: 'ps-quiet lr-steps' }, lane.steps === lane.name ? '' : lane.steps),
+      el('div', { class: 'ps-quiet lr-steps' }, lane.steps.toLowerCase() === lane.name.toLowerCase() ? '' : lane.steps),
       el('div', { class: 'ps-quiet' }, [lane.status, lane.items].filter(Boolean).join(' · ')));
     node.querySelector('.lr-now').replaceChildren(
       el('span', { class: 'lr-big num' }, lane.now ? lane.now.text : '–'), el('span', { class: 'lr-unit' }, lane.now ? lane.now.unit : 'tokens/s'), el('span', { class: 'ps-quiet' }, lane.now?.when || ''));
-    node.querySelector('.lr-rows').replaceChildren(...lane.rows.map(metricRow));
+    node.querySelector('.lr-rows').replaceChildren(...lane.rows.map((row) => metricRow(row, compared.has(row.name))));
     node.querySelector('.lr-memory').replaceChildren(...lane.memory.map((m) => el('div', { class: 'lr-bar' },
       el('span', {}, m.title), el('span', { class: 'lr-track', 'aria-hidden': 'true' }, el('span', { class: 'lr-fill', style: `width:${(100 * m.share).toFixed(1)}%` })),
       el('span', { class: 'num' }, `${m.text} ${m.unit}`), el('span', { class: 'num lr-ratio' }, m.ratio))));
     node.querySelector('.lr-flags').replaceChildren(...[lane.message, ...lane.flags].filter(Boolean).map((f) => el('p', { class: 'ps-note ps-note-warning' }, f)));
   }
 
-  const metricRow = (row) => el('div', { class: 'lr-row', 'data-metric': row.name, title: row.help },
+  const metricRow = (row, compared) => el('div', { class: 'lr-row', 'data-metric': row.name, title: row.help },
     el('dt', {}, row.title, row.source !== 'measured' ? el('span', { class: 'ps-quiet' }, ` (${row.source})`) : ''),
     el('dd', { class: 'num' }, el('span', { class: 'lr-value' }, row.text), el('span', { class: 'lr-unit' }, row.unit)),
-    row.ratio ? el('dd', { class: 'num lr-against' }, sign(row.verdict), ` ${row.ratio}`, row.interval ? el('span', { class: 'ps-quiet' }, ` ${row.interval}`) : '') : '');
+    row.ratio ? el('dd', { class: 'num lr-against' }, sign(row.verdict), ` ${row.ratio}`, row.interval ? el('span', { class: 'ps-quiet' }, ` ${row.interval}`) : '') : compared ? el('dd', { class: 'lr-against', 'aria-hidden': 'true' }, '\u00a0') : '');
 
   const sign = (verdict) => (SIGNS[verdict] ? el('span', { class: 'lr-sign', role: 'img', 'aria-label': verdict, title: verdict }, SIGNS[verdict]) : '');
 

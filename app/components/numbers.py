@@ -9,6 +9,7 @@ from studio_state.metrics import METRICS
 
 SHARES = frozenset({"accuracy", "top1_agreement", "same_output", "zero_weights", "quantized_kv_share"})
 NO_VALUE = "–"
+WIDEST_INTERVAL = 100.0  # upper over lower end of what is shown in digits
 TITLES = {
     "load_s": "Loading",
     "build_s": "Building",
@@ -124,9 +125,14 @@ def ratio_text(value: float | None) -> str:
 
 
 def interval_text(low: float | None, high: float | None) -> str:
-    """An interval of a ratio: ``1.31 to 1.37``; empty where there is none."""
+    """An interval of a ratio: ``1.31 to 1.37``; empty where there is none.
+
+    With two or three noisy pairs an interval may span a factor of a million; such digits say nothing, so words do.
+    """
     if low is None or high is None:
         return ""
+    if low > 0 and high / low > WIDEST_INTERVAL:
+        return "too few items to tell"
     return f"{ratio_text(low)[:-1]} to {ratio_text(high)[:-1]}"
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import gradio as gr
 from filelock import FileLock
 
-TEMPLATE = '<figure class="vc"><div class="vc-place"></div><div class="ps-hidden" role="status" aria-live="polite"></div></figure>'
+TEMPLATE = (
+    '<figure class="vc"><div class="vc-place"></div><div class="ps-hidden" role="status" aria-live="polite"></div></figure>'
+)
 
 
 def vega_bundle(cache: Path) -> Path:

@@ -101,6 +101,16 @@ class Dispatch(Protocol):
         """
         ...
 
+    def unload(self, device: str | None = None, timeout: float = 30) -> str:
+        """Let the worker of a device drop its model, so that its memory is free; returns a sentence on what was done.
+
+        Raises:
+            SpecError: the device is not served here.
+            DeviceBusy: an experiment runs or waits there.
+            WorkerLost: the worker ended or did not answer in time.
+        """
+        ...
+
     def close(self) -> None:
         """Cancel what runs and waits, end the workers."""
         ...

@@ -6,13 +6,14 @@ import hmac
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from app.dispatch.base import DeviceStatus
 from app.dispatch.bus import Bus
 from app.dispatch.job import EventSink, Job, owner_mark
 from app.dispatch.runner import DeviceRunner, Settings
 from studio_state.errors import DeviceBusy, ModelError, SpecError, StudioError, WorkerLost
-from studio_state.events import Cancelled, Event, Failed, ModelLoaded, Submitted
+from studio_state.events import Cancelled, Event, Failed, ModelLoaded, Note, Submitted
 from studio_state.experiment import ExperimentSpec
 from studio_state.paths import DataDir
 from studio_state.problems import Problem
@@ -129,16 +130,8 @@ class LocalDispatch:
     ) -> ModelLoaded:
         """What a model is, without running it; see the protocol."""
         runner = self._runner(device or (spec.device if spec else self.devices[0]))
-        name = f"inspect-{secrets.token_hex(6)}"
-        answer = runner.request(name, op="inspect", model=model, spec=spec.model_dump(mode="json") if spec else None)
-        try:
-            event = answer.result(timeout)
-        except TimeoutError as e:
-            raise WorkerLost(
-                f"the worker did not answer within {timeout:g} s about model {model!r}; it is busy, try again later"
-            ) from e
-        finally:
-            runner.forget(name)
+        question = spec.model_dump(mode="json") if spec else None
+        event = self._ask(runner, timeout, f"about model {model!r}", op="inspect", model=model, spec=question)
         if isinstance(event, ModelLoaded):
             return event
         if isinstance(event, Failed):
@@ -146,6 +139,36 @@ class LocalDispatch:
                 raise SpecError([Problem.model_validate(p) for p in event.problems])
             raise ModelError(event.message)
         raise WorkerLost(f"the worker answered {event.line()[:200]} about model {model!r}; its version does not fit this one")
+
+    def unload(self, device: str | None = None, timeout: float = 30) -> str:
+        """Let the worker of a device drop its model; see the protocol."""
+        runner = self._runner(device or self.devices[0])
+        if runner.busy:
+            raise DeviceBusy(
+                f"device {runner.device} has an experiment in hand; unload the model when that is over, or cancel it"
+            )
+        if not runner.awake:
+            return "no model was loaded"
+        event = self._ask(runner, timeout, "when it was told to unload its model", op="unload")
+        if isinstance(event, Note):
+            return event.text
+        raise WorkerLost(f"the worker answered {event.line()[:200]} when it was told to unload its model")
+
+    @staticmethod
+    def _ask(runner: DeviceRunner, timeout: float, about: str, **message: Any) -> Event:
+        """Send a message to the worker and wait for its answer.
+
+        Raises:
+            WorkerLost: it ended or did not answer in time.
+        """
+        name = f"{message['op']}-{secrets.token_hex(6)}"
+        answer = runner.request(name, **message)
+        try:
+            return answer.result(timeout)
+        except TimeoutError as e:
+            raise WorkerLost(f"the worker did not answer within {timeout:g} s {about}; it is busy, try again later") from e
+        finally:
+            runner.forget(name)
 
     def close(self) -> None:
         """Cancel what runs and waits, end the workers."""

@@ -65,6 +65,11 @@ class DeviceRunner:
         self._thread = threading.Thread(target=self._run, name=f"device-{device}", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """True while an experiment is in hand or waits."""
+        return self.current is not None or len(self.jobs) > 0
+
     def status(self) -> DeviceStatus:
         """The device as it is now."""
         job, client, state = self.current, self._client, self._state
@@ -100,7 +105,7 @@ class DeviceRunner:
             return self._client
 
     def request(self, name: str, **message: object) -> Future[Event]:
-        """Send a message that the worker answers with ``model`` or ``failed`` carrying ``name`` as its experiment.
+        """Send a message that the worker answers with ``model``, ``note`` or ``failed`` carrying ``name`` as its experiment.
 
         Raises:
             WorkerLost: it cannot be started.
@@ -113,6 +118,11 @@ class DeviceRunner:
             self._lose_requests(client)
         return answer
 
+    @property
+    def awake(self) -> bool:
+        """True while there is a worker process."""
+        return self._client is not None and self._client.alive
+
     def forget(self, name: str) -> None:
         """Nobody waits for this answer any more."""
         self._requests.pop(name, None)
@@ -124,7 +134,7 @@ class DeviceRunner:
     def _on_event(self, client: WorkerClient, event: Event) -> None:
         """On the reading thread: hand an event to whom it belongs."""
         if event.experiment in self._requests:
-            if isinstance(event, ModelLoaded | Failed):  # before these it may tell of progress
+            if isinstance(event, ModelLoaded | Note | Failed):  # before these it may tell of progress
                 self._requests.pop(event.experiment)[1].set_result(event)
         elif (job := self.current) is not None and event.experiment in ("", job.experiment):
             job.inbox.put(event)
@@ -163,7 +173,7 @@ class DeviceRunner:
                 self.lock.release()
 
     def _drop_model(self) -> None:
-        if self._client is not None and self._client.alive and not self.jobs.closed:
+        if self._client is not None and self.awake and not self.jobs.closed:
             self._client.send(op="unload")
 
     def _serve(self, job: Job) -> None:

@@ -32,10 +32,16 @@ def build(ctx: Context) -> None:
 
 def try_link(ctx: Context, card: Card) -> str:
     """The packed state of the Studio tab with this policy alone in a lane; empty where it cannot be put there."""
-    fits = [w.id for w in ctx.catalog.workloads if (not card.workloads or w.id in card.workloads) and set(w.families) & set(card.families)]
+    fits = [
+        w.id
+        for w in ctx.catalog.workloads
+        if (not card.workloads or w.id in card.workloads) and set(w.families) & set(card.families)
+    ]
     models = [row.model for row in ctx.store.experiments(limit=1)] if ctx.store else []
     model = next((m for m in models if m), None) or "smollm2-135m"
     if card.kind != "policy" or not fits or "llm" not in card.families:
         return ""
     lane = {"name": card.title, "steps": [{"policy": card.id, "knobs": {}}]}
-    return link_of({"model": model, "workload": fits[0], "options": {}, "settings": {}, "device": ctx.devices[0], "lanes": [lane]})
+    return link_of(
+        {"model": model, "workload": fits[0], "options": {}, "settings": {}, "device": ctx.devices[0], "lanes": [lane]}
+    )

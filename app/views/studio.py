@@ -31,6 +31,8 @@ class StudioPage:
 
     model: gr.Dropdown
     model_facts: Facts
+    unload: gr.Button
+    unload_said: Notice
     workload: gr.Dropdown
     workload_facts: Facts
     options: SchemaForm
@@ -80,13 +82,16 @@ def layout(ctx: Context) -> StudioPage:
     model_info = "One of the list, a Hub id org/name" + (", or a folder or GGUF file here" if ctx.local_paths else "")
     parts: dict[str, Any] = {}
     with gr.Row(elem_classes="ps-setup"):
-        with gr.Column(min_width=280):
+        with gr.Column(scale=4, min_width=280):
             chosen = models[0][1] if models else ""
             parts["model"] = gr.Dropdown(
                 models, value=chosen or None, label="Model", info=model_info, allow_custom_value=True, elem_id="model"
             )
             parts["model_facts"] = Facts(show_model(ctx, chosen), elem_id="model-facts")
-        with gr.Column(min_width=280):
+            with gr.Row(elem_classes="ps-unload"):
+                parts["unload"] = gr.Button("Unload model", size="sm", elem_id="unload", scale=0, min_width=110)
+                parts["unload_said"] = Notice(elem_id="unload-said", scale=1)
+        with gr.Column(scale=4, min_width=280):
             workloads = [(w.title, w.id) for w in ctx.catalog.workloads]
             parts["workload"] = gr.Dropdown(
                 workloads, value=first.id, label="Workload", info="What every lane runs", elem_id="workload"
@@ -94,7 +99,7 @@ def layout(ctx: Context) -> StudioPage:
             parts["workload_facts"] = Facts(show_workload(first), elem_id="workload-facts")
             with gr.Accordion("Workload options", open=False):
                 parts["options"] = SchemaForm(first.options, name="Workload options", elem_id="workload-options")
-        with gr.Column(min_width=280):
+        with gr.Column(scale=3, min_width=240):
             devices = list(ctx.devices)
             parts["device"] = gr.Dropdown(devices, value=devices[0], label="Device", info="Where the lanes run", elem_id="device")
             with gr.Accordion("Measurement settings", open=False):
@@ -119,6 +124,11 @@ def wire_setup(page: StudioPage, events: StudioEvents) -> None:
     page.model.input(events.choose_model, page.model, page.model_facts, **DIRECT).then(
         events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE
     ).then(*tell_editor, **DIRECT)
+    page.unload.click(events.unload, page.device, page.unload_said, **PRIVATE).then(
+        events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE
+    )
+    for moment in (page.live.tick, page.live.stop, page.device.input):
+        moment(events.unloadable, page.device, page.unload, **DIRECT)
     page.workload.input(events.choose_workload, page.workload, [page.workload_facts, page.options], **DIRECT).then(
         *tell_editor, **DIRECT
     ).then(*estimate, **DIRECT)

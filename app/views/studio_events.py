@@ -13,7 +13,7 @@ from app.compose import make_spec, path_problems, read_lanes, settings_schema
 from app.context import Context
 from app.estimate import estimate_seconds, estimate_text
 from app.models import memory_rows, model_rows, pending_rows
-from app.run_service import sentences, start
+from app.run_service import sentence, sentences, start
 from app.views.shared_link import link_of, read_link
 from studio_state.catalog import WorkloadCard
 from studio_state.errors import SpecError, StudioError
@@ -91,6 +91,18 @@ class StudioEvents:
             return facts(model_rows(info) if info else [], sentences(e)[0], "warning")
         rows = [*model_rows(found.info), *memory_rows(found.estimate)]
         return facts(rows, found.info.note, "info" if found.fits_baseline else "warning")
+
+    def unload(self, device: str) -> Data:
+        """Unload was pressed: let the worker drop its model, and say what came of it."""
+        try:
+            return notice(sentence(self.ctx.dispatch.unload(device)))
+        except StudioError as e:
+            return notice(sentences(e)[0], "warning")
+
+    def unloadable(self, device: str) -> Any:
+        """Unloading is for a device that has nothing to do."""
+        busy = any(s.running or s.queued for s in self.ctx.dispatch.status() if s.device == device)
+        return gr.update(interactive=not busy)
 
     def choose_workload(self, workload: str) -> tuple[Data, Data]:
         """A workload was chosen: what it does, and its options at their defaults."""

@@ -52,7 +52,9 @@ def test_glossary_is_fresh() -> None:
 
 
 def test_catalogue_is_fresh() -> None:
-    made = subprocess.run([sys.executable, "-m", "workers", "describe"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    made = subprocess.run(
+        [sys.executable, "-m", "workers", "describe"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert json.loads(made) == json.loads(asset("catalog.json").read_text()), "run make catalog"
 
 

@@ -18,6 +18,7 @@ from playwright.sync_api import Page, expect
 
 from tests.browser import launch_options
 
+expect.set_options(timeout=20_000)  # a busy machine is slow; nothing here measures time
 APP = Path(__file__).with_name("studio_app.py")
 CHROMIUM_ARGS = [
     "--no-sandbox",

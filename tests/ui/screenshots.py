@@ -21,8 +21,8 @@ from tests.ui.real_studio import link, start_real_studio
 
 IMAGES = Path(__file__).parents[2] / "assets" / "images"
 EXAMPLES = ("Half the cache", "Everything at once")
-OPTIONS = {"items": 2, "length": 192}
-SETTINGS = {"max_new_tokens": 24}
+OPTIONS = {"items": 2, "length": 128}
+SETTINGS = {"max_new_tokens": 24, "threads": 1}
 DESK, PHONE = {"width": 1280, "height": 1560}, {"width": 390, "height": 844}
 FRAMES, FRAME_MS, LAST_MS = 9, 900, 4000
 EVERY_S = 0.4
@@ -76,7 +76,7 @@ def animate(frames: list[Image.Image], path: Path) -> None:
         canvas = Image.new("RGB", (width, height), frame.getpixel((0, 0)))
         canvas.paste(frame)
         padded.append(canvas)
-    palette = padded[-1].quantize(128, dither=Image.Dither.NONE)
+    palette = padded[-1].quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *rest = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in padded]
     times = [*[FRAME_MS] * len(rest), LAST_MS]
     first.save(path, save_all=True, append_images=rest, duration=times, loop=0, optimize=True)
@@ -85,7 +85,7 @@ def animate(frames: list[Image.Image], path: Path) -> None:
 
 def save(data: bytes, path: Path) -> None:
     """A screenshot as a PNG of at most 256 colours."""
-    read(data).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    read(data).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     check_size(path, MAX_PNG)
 
 
@@ -111,7 +111,8 @@ def take(browser: Browser, url: str, name: str, theme: str, watched: str, **devi
         example(page, example_name)
     wait_status(page, "finished")
     page.wait_for_timeout(1500)  # estimate and charts
-    page.mouse.move(0, 0)
+    if device.get("is_mobile"):
+        page.locator(".lr-head").evaluate("(node) => node.scrollIntoView({block: 'start'})")
     save(page.screenshot(), IMAGES / f"studio-{name}.png")
     context.close()
 
@@ -124,7 +125,7 @@ def main() -> None:
         try:
             browser = playwright.chromium.launch(**launch_options(), args=CHROMIUM_ARGS)  # type: ignore[arg-type]
             page = browser.new_page(viewport={"width": 1120, "height": 1700})
-            start_race(page, f"{url}")
+            start_race(page, url)
             animate(watch_race(page), IMAGES / "race.gif")
             watched = page.evaluate("localStorage.getItem('pareto-studio-watched')")
             for name, theme in (("light", "light"), ("dark", "dark")):

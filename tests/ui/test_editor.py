@@ -122,6 +122,7 @@ def test_knob_form_validates_and_mends(studio: Page) -> None:
     group = studio.get_by_role("spinbutton", name="group size")
     group.fill("112")
     expect(row(studio, "Round to nearest").locator(".pe-problem")).to_contain_text("112 does not divide the width 576 and 1536")
+    expect(studio.get_by_role("button", name="Set group_size to 96", exact=True)).to_be_visible()  # the nearest that divides both
     expect(group).to_be_focused()  # a problem that appears must not take the focus away
     assert lanes_in_python(studio) == [[{"policy": "rtn", "knobs": {"bits": 8, "group_size": 112}}]]
     group.fill("10000")

@@ -24,14 +24,28 @@ class Record:
         self.ids: list[str] = []
 
     def add(
-        self, lanes: Mapping[str, Values], *, model: str = "m", workload: str = "needle", seed: int = 0, more: Sequence[ev.Event] = (), options: Mapping[str, int] | None = None
+        self,
+        lanes: Mapping[str, Values],
+        *,
+        model: str = "m",
+        workload: str = "needle",
+        seed: int = 0,
+        more: Sequence[ev.Event] = (),
+        options: Mapping[str, int] | None = None,
     ) -> str:
         """An experiment: pipeline in one line -> metrics of the whole lane. The first should be ``baseline``."""
         experiment = f"e{len(self.ids):04d}"
-        spec = ExperimentSpec(model=model, workload=WorkloadSpec(id=workload, options=dict(options or {})), lanes=tuple(map(parse_pipeline, lanes)), seed=seed)
+        spec = ExperimentSpec(
+            model=model,
+            workload=WorkloadSpec(id=workload, options=dict(options or {})),
+            lanes=tuple(map(parse_pipeline, lanes)),
+            seed=seed,
+        )
         with SpoolWriter(self.data.spool(experiment)) as spool:
             spool.append(ev.Submitted(spec=spec, t=1.7e9 + len(self.ids)))
-            spool.append_all([ev.Metric(lane=i, name=n, value=v) for i, values in enumerate(lanes.values()) for n, v in values.items()])
+            spool.append_all(
+                [ev.Metric(lane=i, name=n, value=v) for i, values in enumerate(lanes.values()) for n, v in values.items()]
+            )
             spool.append_all([*more, ev.Finished()])
         self.ids.append(experiment)
         return experiment

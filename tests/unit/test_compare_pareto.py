@@ -62,7 +62,9 @@ def test_the_band_covers_items_and_other_baselines(tmp_path: Path) -> None:
     assert (band.y_low, band.y_high, band.n) == (0.7, 0.88, 40)
     half = 1.96 * samples.std(ddof=1) / np.sqrt(40)  # the textbook interval of a mean
     assert (band.x_high - band.x_low) / 2 == pytest.approx(half, rel=0.15)
-    assert "h2o:keep=0.5 lies within the baseline's noise" in pareto_figure(record.picked(history), SPEED, ACCURACY, band)["summary"]
+    assert (
+        "h2o:keep=0.5 lies within the baseline's noise" in pareto_figure(record.picked(history), SPEED, ACCURACY, band)["summary"]
+    )
     record.add({"baseline": {SPEED: 14.0, ACCURACY: 0.8}})
     history = record.history()
     wider = baseline_band(history, record.picked(history), SPEED, ACCURACY)
@@ -72,14 +74,21 @@ def test_the_band_covers_items_and_other_baselines(tmp_path: Path) -> None:
 
 def test_axes_are_chosen_by_what_the_runs_hold(tmp_path: Path) -> None:
     record = Record(tmp_path)
-    record.add({"baseline": {SPEED: 1, ACCURACY: 0, "top1_agreement": 1, "kv_bytes": 9, "load_s": 3}, "h2o": {SPEED: 2, ACCURACY: 0, "top1_agreement": 0.5}})
+    record.add(
+        {
+            "baseline": {SPEED: 1, ACCURACY: 0, "top1_agreement": 1, "kv_bytes": 9, "load_s": 3},
+            "h2o": {SPEED: 2, ACCURACY: 0, "top1_agreement": 0.5},
+        }
+    )
     assert speed_and_memory(record.picked()) == [SPEED, "kv_bytes"]
     assert quality(record.picked()) == [ACCURACY, "top1_agreement"]
     assert default_quality(record.picked()) == "top1_agreement"  # accuracy tells nobody apart
     record.add({"baseline": {"score_tokens_per_s": 5, PERPLEXITY: 20}}, workload="perplexity")
     only = record.picked()[2:]
     assert default_quality(only) == PERPLEXITY
-    assert pareto_figure(only, SPEED, PERPLEXITY, None)["empty"].startswith("None of the picked runs has both decode speed and perplexity")
+    assert pareto_figure(only, SPEED, PERPLEXITY, None)["empty"].startswith(
+        "None of the picked runs has both decode speed and perplexity"
+    )
 
 
 def test_the_chart_draws_every_point(tmp_path: Path) -> None:

@@ -42,7 +42,15 @@ def test_names_tell_runs_apart(record: Record) -> None:
 
 
 def test_sweeps_need_all_else_equal(record: Record) -> None:
-    record.add({"baseline": {}, "snapkv:keep=0.25": {"ttft_s": 1}, "snapkv": {"ttft_s": 2}, "snapkv:keep=0.75,window=8": {"ttft_s": 3}, "rtn+snapkv:keep=0.1": {"ttft_s": 4}})
+    record.add(
+        {
+            "baseline": {},
+            "snapkv:keep=0.25": {"ttft_s": 1},
+            "snapkv": {"ttft_s": 2},
+            "snapkv:keep=0.75,window=8": {"ttft_s": 3},
+            "rtn+snapkv:keep=0.1": {"ttft_s": 4},
+        }
+    )
     record.add({"baseline": {}, "snapkv:keep=0.9": {"ttft_s": 5}})
     record.add({"baseline": {}, "snapkv:keep=0.6": {"ttft_s": 6}}, seed=1)
     (sweep,) = find_sweeps(record.picked(), CATALOG)
@@ -82,7 +90,11 @@ def test_diff_pairs_only_what_was_the_same(record: Record) -> None:
     x = list(np.linspace(1, 2, 8))
     more = [*told(0, a, x), *told(1, b, [v + 0.5 for v in x])]
     record.add({"baseline": {"accuracy": 1.0, "kv_bytes": 100}, "snapkv:keep=0.5": {"accuracy": 0.25, "kv_bytes": 50}}, more=more)
-    record.add({"baseline": {"accuracy": 1.0}}, seed=5, more=[ev.ItemStarted(lane=0, item="i0", prompt="another"), ev.Output(lane=0, item="i0", correct=True)])
+    record.add(
+        {"baseline": {"accuracy": 1.0}},
+        seed=5,
+        more=[ev.ItemStarted(lane=0, item="i0", prompt="another"), ev.Output(lane=0, item="i0", correct=True)],
+    )
     history = record.history()
     base, lane, other = (read_side(history, p) for p in record.picked(history))
     shown = diff_of(base, lane, CATALOG)
@@ -100,7 +112,10 @@ def test_diff_pairs_only_what_was_the_same(record: Record) -> None:
 
 
 def test_export_holds_every_value_of_the_picked_lanes(record: Record) -> None:
-    record.add({"baseline": {"ttft_s": 0.5}, "h2o:keep=0.5": {"ttft_s": 0.25}}, more=[ev.Metric(lane=1, name="ttft_s", value=0.3, item='a "b",c'), ev.Ratio(lane=1, name="ttft_s", value=0.5, n=3)])
+    record.add(
+        {"baseline": {"ttft_s": 0.5}, "h2o:keep=0.5": {"ttft_s": 0.25}},
+        more=[ev.Metric(lane=1, name="ttft_s", value=0.3, item='a "b",c'), ev.Ratio(lane=1, name="ttft_s", value=0.5, n=3)],
+    )
     lines = export_runs(record.history(), [("e0000", 1)], "csv").decode().splitlines()
     assert lines[0].split(",") == list(COLUMNS)
     assert len(lines) == 3

@@ -90,7 +90,11 @@ def tables(history: History) -> dict[str, list[tuple[Any, ...]]]:
 def test_twenty_kills(tmp_path: Path) -> None:
     data = DataDir.at(tmp_path / "data").open()
     done = subprocess.run(
-        [sys.executable, "-c", NURSERY, str(data.root), str(KILLS)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        [sys.executable, "-c", NURSERY, str(data.root), str(KILLS)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     acknowledged = {tuple(line.split()) for line in done.stdout.splitlines()}
@@ -115,7 +119,11 @@ def test_twenty_kills(tmp_path: Path) -> None:
     assert acknowledged <= {(e["experiment"], str(e["seq"])) for e in lines}
     kinds = [e["event"] for e in lines]
     counts = {t: len(rows) for t, rows in live.items()}
-    assert (counts["metrics"], counts["outputs"], counts["ratios"]) == (kinds.count("metric"), kinds.count("output"), kinds.count("ratio"))
+    assert (counts["metrics"], counts["outputs"], counts["ratios"]) == (
+        kinds.count("metric"),
+        kinds.count("output"),
+        kinds.count("ratio"),
+    )
     assert counts["experiments"] == len({e["experiment"] for e in lines})
     assert counts["metrics"] > KILLS
     assert counts["tags"] == counts["notes"] > 0

@@ -165,6 +165,7 @@ def test_numbers_as_text(name: str, value: float | None, text: str) -> None:
 def test_small_formats() -> None:
     assert (ratio_text(1.336), ratio_text(12.34), ratio_text(0.056), ratio_text(None)) == ("1.34×", "12.3×", "0.0560×", "–")
     assert (interval_text(1.305, 1.371), interval_text(None, 1.0)) == ("1.30 to 1.37", "")
+    assert interval_text(0.000287, 834.0) == "too few items to tell"
     assert (clock(8.2), clock(185), clock(7800)) == ("8 s", "3 min 05 s", "2 h 10 min")
     assert (str(byte_quantity(512)), str(byte_quantity(0)), str(seconds_quantity(0.0))) == ("512 B", "0 B", "0 s")
 

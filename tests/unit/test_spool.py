@@ -60,7 +60,11 @@ def test_events_are_numbered_from_zero_and_carry_the_experiment(data: DataDir) -
         assert writer.ended
     assert [(e.experiment, e.seq) for e in [first, *rest]] == [("e1", 0), ("e1", 1), ("e1", 2)]
     lines = [json.loads(x) for x in data.spool("e1").read_text().splitlines()]
-    assert [(x["experiment"], x["seq"], x["event"]) for x in lines] == [("e1", 0, "note"), ("e1", 1, "note"), ("e1", 2, "finished")]
+    assert [(x["experiment"], x["seq"], x["event"]) for x in lines] == [
+        ("e1", 0, "note"),
+        ("e1", 1, "note"),
+        ("e1", 2, "finished"),
+    ]
 
 
 def test_writer_goes_on_where_the_file_ends(data: DataDir) -> None:
@@ -120,7 +124,9 @@ def test_a_writer_is_alive_until_it_closes_or_dies(data: DataDir) -> None:
         "import sys; from pathlib import Path; from studio_state.spool import SpoolWriter;"
         "w = SpoolWriter(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == b"open\n"
     assert is_alive(path)
@@ -184,7 +190,9 @@ def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
     if root:
         os.seteuid(65534)
     try:
-        with pytest.raises(StoreError, match="may not be written by this user; free it, or choose another folder with --data-dir"):
+        with pytest.raises(
+            StoreError, match="may not be written by this user; free it, or choose another folder with --data-dir"
+        ):
             DataDir.at(place).open()
     finally:
         if root:

@@ -39,7 +39,9 @@ def ask(sql: str, snapshot: Path, seconds: float = 5, rows: int = 10_000) -> dic
 
 
 def test_friendly_views(snapshot: Path) -> None:
-    found = run_sql("SELECT experiment, pipeline, metric, value, ratio, ratio_low, tags FROM results ORDER BY experiment", snapshot)
+    found = run_sql(
+        "SELECT experiment, pipeline, metric, value, ratio, ratio_low, tags FROM results ORDER BY experiment", snapshot
+    )
     assert found.columns == ["experiment", "pipeline", "metric", "value", "ratio", "ratio_low", "tags"]
     assert found.rows == [
         ["e1", "rtn:bits=4", "decode_tokens_per_s", 20.0, 2.0, 1.5, ["good"]],
@@ -51,7 +53,21 @@ def test_friendly_views(snapshot: Path) -> None:
     ]
     assert ask("SELECT count(*) FROM metrics", snapshot)["rows"] == [[4]]
     assert ask("SHOW TABLES", snapshot)["rows"] == [
-        [x] for x in ("experiments", "imports", "kept", "messages", "metrics", "notes", "outputs", "ratios", "results", "runs", "tags", "verdicts")
+        [x]
+        for x in (
+            "experiments",
+            "imports",
+            "kept",
+            "messages",
+            "metrics",
+            "notes",
+            "outputs",
+            "ratios",
+            "results",
+            "runs",
+            "tags",
+            "verdicts",
+        )
     ]
     assert ask("SELECT 'nan'::DOUBLE, 'inf'::DOUBLE, 1.50::DECIMAL(4,2), '\\xFF'::BLOB, {'a': [1]}", snapshot)["rows"] == [
         [None, None, "1.50", "ff", {"a": [1]}]

@@ -98,9 +98,20 @@ def test_events_become_rows(data: DataDir, store: Store) -> None:
     assert row.model_info["traits"] == ["gqa"]
     base, lane = store.runs("e1")
     assert (base.lane, base.pipeline, base.status, base.interleaved) == (0, "baseline", "finished", True)
-    assert (lane.pipeline, lane.effective, lane.status) == ("rtn:bits=4+snapkv:keep=0.5", "rtn:bits=4+snapkv:keep=0.5", "finished")
-    assert (lane.flags, lane.interleaved, lane.steps["steps"][0]) == (("no effect: window",), False, {"policy": "rtn", "knobs": {"bits": 4}})
-    assert [(m.item, m.value, m.low, m.high, m.n) for m in store.metrics("e1", name="ttft_s")] == [("i", 0.5, None, None, None), (None, 0.5, 0.4, 0.6, 1)]
+    assert (lane.pipeline, lane.effective, lane.status) == (
+        "rtn:bits=4+snapkv:keep=0.5",
+        "rtn:bits=4+snapkv:keep=0.5",
+        "finished",
+    )
+    assert (lane.flags, lane.interleaved, lane.steps["steps"][0]) == (
+        ("no effect: window",),
+        False,
+        {"policy": "rtn", "knobs": {"bits": 4}},
+    )
+    assert [(m.item, m.value, m.low, m.high, m.n) for m in store.metrics("e1", name="ttft_s")] == [
+        ("i", 0.5, None, None, None),
+        (None, 0.5, 0.4, 0.6, 1),
+    ]
     assert [m.name for m in store.metrics("e1", items=False)] == ["ttft_s", "itl_p99_s"]
     assert [(r.lane, r.value, r.low, r.high, r.n) for r in store.ratios("e1")] == [(1, 0.8, 0.7, 0.9, 9)]
     (output,) = store.outputs("e1")
@@ -122,7 +133,9 @@ def test_events_become_rows(data: DataDir, store: Store) -> None:
         (None, "interrupted", "interrupted", ""),
     ],
 )
-def test_status_comes_from_the_events(data: DataDir, store: Store, end: ev.Event | None, status: str, lane: str, message: str) -> None:
+def test_status_comes_from_the_events(
+    data: DataDir, store: Store, end: ev.Event | None, status: str, lane: str, message: str
+) -> None:
     store.append(spool(data, "e1", story(end)))
     store.flush()
     found = store.experiment("e1")
@@ -164,7 +177,11 @@ def test_ingest_is_idempotent_and_incremental(data: DataDir, store: Store) -> No
     assert by_one == at_once
     assert len(by_one) == 3
     found = counted(data)
-    assert (len(store.table("metrics")), len(store.table("outputs")), len(store.table("experiments"))) == (found["metric"], found["output"], found["submitted"])
+    assert (len(store.table("metrics")), len(store.table("outputs")), len(store.table("experiments"))) == (
+        found["metric"],
+        found["output"],
+        found["submitted"],
+    )
 
 
 def test_many_events_in_several_transactions(data: DataDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +206,12 @@ def test_journal_changes_what_is_shown_and_can_be_undone(data: DataDir, store: S
     for x in ("e1", "e2"):
         store.append(spool(data, x, story(ev.Finished())))
     store.flush()
-    store.record(Tag(experiment="e1", tag="good"), Tag(experiment="e1", tag="a"), WriteNote(experiment="e1", text="Remember"), Tag(experiment="e2", tag="b"))
+    store.record(
+        Tag(experiment="e1", tag="good"),
+        Tag(experiment="e1", tag="a"),
+        WriteNote(experiment="e1", text="Remember"),
+        Tag(experiment="e2", tag="b"),
+    )
     store.record(Untag(experiment="e2", tag="b"), WriteNote(experiment="e1", lane=1, text="this lane"))
     row = store.experiment("e1")
     assert row is not None
@@ -203,7 +225,10 @@ def test_journal_changes_what_is_shown_and_can_be_undone(data: DataDir, store: S
     store.record(Undelete(experiment="e1"))
     assert store.count() == 2
     assert data.spool("e1").exists()
-    store.record(GiveVerdict(experiment="e1", claim="kv-halved", verdict="not shown", numbers={"kv": 0.9}), Import(experiment="e2", source="x.jsonl"))
+    store.record(
+        GiveVerdict(experiment="e1", claim="kv-halved", verdict="not shown", numbers={"kv": 0.9}),
+        Import(experiment="e2", source="x.jsonl"),
+    )
     assert [(v.claim, v.verdict, v.numbers) for v in store.verdicts("e1")] == [("kv-halved", "not shown", {"kv": 0.9})]
     live = tables(store)
     store.rebuild()
@@ -301,11 +326,15 @@ def test_second_studio_is_refused_and_the_cli_works_beside_it(data: DataDir) -> 
         "s = Store(DataDir.at(sys.argv[1]).open()); print('open', flush=True)\n"
         "sys.stdin.readline(); s.refresh(); s.flush(); print(s.count(), s.tags(), flush=True); sys.stdin.read(); s.close()"
     )
-    studio = subprocess.Popen([sys.executable, "-c", code, str(data.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    studio = subprocess.Popen(
+        [sys.executable, "-c", code, str(data.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
     assert studio.stdin is not None
     assert studio.stdout is not None
     assert studio.stdout.readline() == "open\n"
-    with pytest.raises(StoreError, match=r"another Pareto Studio uses the data directory .*; use that one, close it, or choose") as error:
+    with pytest.raises(
+        StoreError, match=r"another Pareto Studio uses the data directory .*; use that one, close it, or choose"
+    ) as error:
         Store(data)
     assert "\n" not in str(error.value)
     spool(data, "cli", story(ev.Finished()))
@@ -347,7 +376,9 @@ def test_database_of_a_newer_version_is_left_alone(data: DataDir) -> None:
     with duckdb.connect(str(data.database)) as con:
         con.execute("INSERT INTO migrations VALUES (999, 'm999_future', now()::TIMESTAMP)")
     before = files(data)
-    with pytest.raises(StoreError, match=r"from a newer Pareto Studio \(record version 999, this program knows 1\); update") as error:
+    with pytest.raises(
+        StoreError, match=r"from a newer Pareto Studio \(record version 999, this program knows 1\); update"
+    ) as error:
         Store(data)
     assert "\n" not in str(error.value)
     assert files(data) == before
@@ -361,7 +392,12 @@ def test_damaged_database_is_kept_and_built_anew(data: DataDir, damage: str) -> 
         store.flush()
         live = tables(store)
     good = data.database.read_bytes()
-    bad = {"junk": b"no database", "empty": b"", "half": good[: len(good) // 2], "header": good[:5000] + b"x" * 100 + good[5100:]}[damage]
+    bad = {
+        "junk": b"no database",
+        "empty": b"",
+        "half": good[: len(good) // 2],
+        "header": good[:5000] + b"x" * 100 + good[5100:],
+    }[damage]
     data.database.write_bytes(bad)
     with Store(data) as store:
         assert tables(store) == live
@@ -396,7 +432,9 @@ def test_full_disk_under_the_database_loses_nothing(data: DataDir, store: Store)
     """No file may grow: the batch fails with a sentence, reading goes on, and later everything is stored."""
     store.append(spool(data, "e1", story(ev.Finished())))
     store.flush()
-    big = spool(data, "e2", [*story(None), *(ev.Output(lane=0, item=str(i), text=f"{i}" * 500) for i in range(3000)), ev.Finished()])
+    big = spool(
+        data, "e2", [*story(None), *(ev.Output(lane=0, item=str(i), text=f"{i}" * 500) for i in range(3000)), ev.Finished()]
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = max(p.stat().st_size for p in data.root.glob("studio.duckdb*"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, hard))

@@ -27,6 +27,7 @@ from studio_state.events import (
     LaneStarted,
     Metric,
     ModelLoaded,
+    Note,
     Phase,
     Started,
 )
@@ -92,6 +93,8 @@ def main() -> None:
     while (request := requests.get())["op"] != "shutdown":
         if request["op"] == "run":
             run(request["experiment"], request["spec"])
+        elif request["op"] == "unload":
+            say(request.get("request", ""), Note(text="the model was unloaded"))
         elif request["op"] == "inspect":
             name = request["request"]
             say(name, Phase(name="fetch", done=0.5))

@@ -306,7 +306,7 @@ from app.dispatch.runner import Settings
 from studio_state.experiment import ExperimentSpec
 from studio_state.paths import DataDir
 data, worker = sys.argv[1:]
-spec = ExperimentSpec.model_validate({"model": "steps=100000", "workload": {"id": "speed"}})
+spec = ExperimentSpec.model_validate({"model": "slow-steps=100000", "workload": {"id": "speed"}})  # slow: several small batches before the limit
 with LocalDispatch(DataDir.at(data).open(), settings=Settings(command=lambda device: [sys.executable, worker])) as dispatch:
     dispatch.warm()
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -346,6 +346,23 @@ def test_inspect_answers_refuses_and_survives_a_dead_worker(start, pids: Path) -
     os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
     until(lambda: dispatch.status()[0].hello is None, "the death went unnoticed")
     assert dispatch.inspect("tiny").info.name == "tiny"
+
+
+def test_unload_is_answered_refused_while_busy_and_needs_no_worker(start, pids: Path) -> None:
+    dispatch = start()
+    assert dispatch.unload() == "no model was loaded"
+    assert not pids.exists()  # no worker was started for that
+    finish(dispatch, dispatch.submit(spec()))
+    until(lambda: dispatch.status()[0].running is None, "the device stays busy")
+    assert dispatch.unload("cpu") == "the model was unloaded"
+    experiment = dispatch.submit(spec("steps=100000-slow"))
+    running(dispatch, experiment)
+    with pytest.raises(DeviceBusy, match="device cpu has an experiment in hand"):
+        dispatch.unload()
+    dispatch.cancel(experiment, dispatch.host_token)
+    finish(dispatch, experiment)
+    with pytest.raises(SpecError, match="device 'cuda:7' is not served here"):
+        dispatch.unload("cuda:7")
 
 
 # -- the device

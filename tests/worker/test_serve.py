@@ -132,3 +132,16 @@ def test_isolated_lanes_run_in_processes_of_their_own(tiny_llama: Path) -> None:
     assert {e.lane for e in events if e.event == "ratio"} == {1, 2}
     assert [e.event for e in events].count("started") == 1
     assert events[-1].event == "finished"
+
+
+def test_unload_is_answered_by_name(worker: Worker, tiny_llama: Path) -> None:
+    worker.ask(op="run", experiment="before", spec=spec(tiny_llama))
+    worker.until("finished", "failed")
+    for said in ("the model was unloaded; its memory is free again", "no model was loaded"):
+        worker.ask(op="unload", request="r")
+        [note] = worker.until("note")
+        assert (note.experiment, getattr(note, "text", "")) == ("r", said)
+    worker.ask(op="run", experiment="after", spec=spec(tiny_llama))
+    events = worker.until("finished", "failed")
+    assert events[-1].event == "finished"
+    assert any(e.event == "phase" and getattr(e, "name", "") == "load" for e in events)  # it was loaded again
