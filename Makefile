@@ -22,7 +22,7 @@ BROWSER_TIMEOUT ?= 120
 
 .PHONY: run test test-all check bench catalog screenshots browser clean
 
-run: $(VENV)/.installed
+run: $(VENV)/.installed $(VENV)/.demo-model
 	$(BIN)/pareto-studio $(ARGS)
 
 test: $(VENV)/.installed-dev browser
@@ -61,6 +61,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable .
 	@touch $@
+
+# So that the studio works offline from here on; without a network now, it is fetched on first use.
+$(VENV)/.demo-model: | $(VENV)/.installed
+	@if $(BIN)/pareto-studio zoo fetch smollm2-135m; then touch $@; else echo "going on without the demo model" >&2; fi
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --editable '.[dev]'
