@@ -222,6 +222,21 @@ def claim(
 
 
 @cli.command()
+def export(
+    experiment: Annotated[str, typer.Argument(help="Id of an experiment; see `history`.")],
+    card: Annotated[Path | None, typer.Option(help="Write its run card (JSON) to this file.")] = None,
+    script: Annotated[Path | None, typer.Option(help="Write one lane as a standalone Python script to this file.")] = None,
+    lane: Annotated[int, typer.Option(help="Lane of the script; 0 = the baseline.")] = 1,
+    data_dir: DataOption = None,
+) -> None:
+    """Write an experiment as a run card, or one of its lanes as a script that runs without the studio."""
+    from app.cli_history import export_experiment
+    from studio_state.paths import DataDir
+
+    export_experiment(DataDir.at(data_dir).open(), experiment, card, script, lane)
+
+
+@cli.command()
 def methods(as_json: JsonFlag = False) -> None:
     """List all methods with their knobs."""
     from app.cli_lists import show_methods

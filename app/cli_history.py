@@ -12,8 +12,11 @@ from rich.console import Console
 from app.cli_lists import print_json, print_table
 from app.cli_table import print_result, remarks
 from app.report import document
-from studio_state.errors import StoreError
+from app.script_export import export_script
+from studio_state.catalog import Catalog
+from studio_state.errors import SpecError, StoreError
 from studio_state.paths import DataDir
+from studio_state.runcard_record import export_card
 from studio_state.spool import read_spool
 
 
@@ -82,3 +85,24 @@ def show_sql(data: DataDir, sql: str, as_json: bool) -> None:
     if as_json:
         return print_json([dict(zip(result.columns, row, strict=True)) for row in result.rows])
     print_table(result.columns, [["" if v is None else str(v) for v in row] for row in result.rows])
+
+
+def export_experiment(data: DataDir, experiment: str, card: Path | None, script: Path | None, lane: int) -> None:
+    """A recorded experiment as files.
+
+    Raises:
+        SpecError: nothing is asked for, or no script can be made of the lane.
+        StoreError: no such experiment, or a file cannot be written.
+    """
+    if card is None and script is None:
+        raise SpecError("nothing to write: give --card FILE, --script FILE, or both")
+    try:
+        if card is not None:
+            card.write_text(export_card(data, experiment).text(), encoding="utf-8")
+        if script is not None:
+            if not data.spool(experiment).is_file():
+                raise StoreError(f"there is no experiment {experiment!r} in {data.root}; see `pareto-studio history`")
+            text = export_script(read_spool(data.spool(experiment)), lane, Catalog.load(), script.name)
+            script.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise StoreError(f"the file cannot be written: {e}; choose another place") from e

@@ -105,7 +105,7 @@
       say(found.message, 'info');
       trigger('upload');
     }
-    const exports = [['CSV', 'csv'], ['Parquet', 'parquet'], ['Run card', 'card']].map(([label, kind]) => button(label, () => save(kind), { class: 'ps-button' }));
+    const exports = [['CSV', 'csv'], ['Parquet', 'parquet'], ['Run card', 'card'], ['Python script', 'script']].map(([label, kind]) => button(label, () => save(kind), { class: 'ps-button' }));
     const draw = () => exports.forEach((b) => { b.disabled = !picked().length; });
     place.append(el('span', { class: 'ps-label' }, 'Save the picked runs as'), ...exports, button('Import a run card…', () => chooser.click(), { class: 'ps-button' }), chooser);
     watch('value', draw);

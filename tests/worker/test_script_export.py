@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
+from app.cli_history import export_experiment
 from app.script_export import bundle, export_script, policy_class
 from studio_state.catalog import Catalog
-from studio_state.errors import SpecError
+from studio_state.errors import SpecError, StoreError
 from studio_state.events import Event, Output, Submitted
 from studio_state.experiment import ExperimentSpec
+from studio_state.paths import DataDir
+from studio_state.runcard import read_card
+from studio_state.spool import SpoolWriter
 from workers.engine import run
 from workers.host import ModelHost
 from workers.methods import discover
@@ -148,3 +152,17 @@ def test_what_has_no_tokens_is_refused(recorded: list[Event]) -> None:
     scored = [e.model_copy(update={"kind": "score"}) if isinstance(e, Output) else e for e in recorded]
     with pytest.raises(SpecError, match="generates no tokens"):
         export_script(scored, 0, Catalog.load())
+
+
+def test_export_command_writes_card_and_script(recorded: list[Event], tmp_path: Path) -> None:
+    data = DataDir.at(tmp_path / "data").open()
+    with SpoolWriter(data.spool(recorded[0].experiment)) as spool:
+        spool.append_all(recorded)
+    card, script = tmp_path / "card.json", tmp_path / "pipeline.py"
+    export_experiment(data, recorded[0].experiment, card, script, lane=1)
+    assert read_card(card).experiment.id == recorded[0].experiment
+    assert script.read_text() == export_script(recorded, 1, Catalog.load(), "pipeline.py")
+    with pytest.raises(SpecError, match="nothing to write"):
+        export_experiment(data, recorded[0].experiment, None, None, 1)
+    with pytest.raises(StoreError, match="there is no experiment 'none'"):
+        export_experiment(data, "none", None, script, 1)
