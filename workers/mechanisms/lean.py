@@ -33,7 +33,7 @@ GROWING_ROTARY = ("dynamic", "longrope")  # kinds of rotary embedding whose angl
 
 
 class Norm:
-    """RMSNorm. In float32 by way of the vector norm (a third faster, equal up to the order of a sum); else the library's formula."""
+    """RMSNorm. In float32 by way of the vector norm (fewer operations, equal up to the order of a sum); else the library's formula."""
 
     def __init__(self, module: Any):
         self.weight, self.eps = module.weight, module.variance_epsilon
