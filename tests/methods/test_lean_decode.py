@@ -16,13 +16,14 @@ from studio_state.errors import Unavailable
 from tests import tiny
 from tests.methods.driving import attached, forced, generate, info_of, make_session, prompt, tokens
 from workers.families.llm import State, make_batch
-from workers.mechanisms import attention
+from workers.mechanisms import attention, onednn
 from workers.mechanisms.kv_store import FloatStore
 from workers.mechanisms.lean import Norm, RotaryTable, rotate
 from workers.mechanisms.linear import weight_bytes
 from workers.methods import Policy
 from workers.policies.kv.kivi import Kivi
 from workers.policies.kv.snapkv import SnapKV
+from workers.policies.prune.magnitude import Magnitude
 from workers.policies.quantize.dynamic_int8 import DynamicInt8
 from workers.policies.quantize.rtn import RoundToNearest
 from workers.policies.runtime.lean_decode import LeanDecode
@@ -127,6 +128,7 @@ def test_same_logits_when_scoring_in_chunks(make: Make) -> None:
         (RoundToNearest(bits=4),),
         (RoundToNearest(bits=4, head="same"), SnapKV(keep=0.5, window=8), Kivi(bits=4, residual=8)),
         (DynamicInt8(),),
+        (Magnitude(sparsity=0.5),),
     ],
     ids=lambda policies: "+".join(p.card.id for p in policies),
 )
@@ -205,6 +207,22 @@ def test_norm_and_rotation_equal_the_librarys(dtype: torch.dtype) -> None:
     cos, sin = rotary(heads, position_ids=positions)
     expected = apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=2)[0]
     assert torch.equal(rotate(heads, RotaryTable(rotary, x).at(positions, seen=12)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (17,), ()])
+def test_onednn_gives_the_product_of_the_exact_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*s, generator=g).to(dtype) for s in ((24, 40), (24,), (*shape, 40)))
+    exact = (x.double() @ weight.double().T).to(dtype)
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 8e-3}
+    for b, expected in ((None, exact), (bias, (x.double() @ weight.double().T + bias.double()).to(dtype))):
+        run = onednn.linear(weight, b)
+        if onednn.takes(dtype):
+            assert run is not None
+            torch.testing.assert_close(run(x), expected, **rounding)
+    assert onednn.linear(weight.T, None) is None  # not contiguous: nothing is copied behind anybody's back
+    assert onednn.linear(weight.double(), None) is None
 
 
 def test_decode_steps_run_without_the_librarys_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Decode steps without the library's per-step Python: the same mathematics in as few calls as it takes.
+"""Decode steps without the library's per-step Python: the same mathematics in as few and as fast calls as it takes.
 
 For decoder layers of the Llama kind (:data:`~workers.models.info.LEAN_SHAPES`). Keys, values, masks and
 observers go through the one attention function, linear maps may be anything that stands in the model
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from studio_state.errors import Unavailable
+from workers.mechanisms import onednn
 from workers.mechanisms.attention import Forward, attend, forwarding
 from workers.mechanisms.fusing import Fused, fuse, is_hooked
+from workers.mechanisms.linear import DenseLinear
 from workers.models.info import LEAN_SHAPES
 from workers.session import Session
 
@@ -33,18 +35,16 @@ GROWING_ROTARY = ("dynamic", "longrope")  # kinds of rotary embedding whose angl
 
 
 class Norm:
-    """RMSNorm. In float32 by way of the vector norm (fewer operations, equal up to the order of a sum); else the library's formula."""
+    """RMSNorm by way of the vector norm, in float32 as in the library: fewer operations, equal up to the order of a sum."""
 
     def __init__(self, module: Any):
         self.weight, self.eps = module.weight, module.variance_epsilon
-        self.shape = tuple(self.weight.shape[-1:])
-        self.floor, self.share = torch.tensor(self.eps, device=self.weight.device), 1 / self.shape[0]
+        self.floor, self.share = torch.tensor(self.eps, device=self.weight.device), 1 / self.weight.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return (x * torch.addcmul(self.floor, norm, norm, value=self.share).rsqrt_()).mul_(self.weight)
-        return F.rms_norm(x, self.shape, None, self.eps) * self.weight
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scaled = x * torch.addcmul(self.floor, norm, norm, value=self.share).rsqrt_()
+        return scaled.to(x.dtype).mul_(self.weight)
 
 
 class RotaryTable:
@@ -230,8 +230,9 @@ def direct(module: nn.Module) -> Linear:
     """A linear map as a bare function; only what is hooked is called as a module."""
     if is_hooked(module):
         return module
-    if type(module) is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) in (nn.Linear, DenseLinear):
+        weight, bias = module.weight, module.bias
+        return onednn.linear(weight, bias) or partial(F.linear, weight=weight, bias=bias)  # type: ignore[arg-type]
     return module.forward
 
 

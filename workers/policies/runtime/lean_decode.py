@@ -21,7 +21,9 @@ class LeanDecode(Policy):
 
     Folklore of inference engines (gpt-fast, vLLM): queries, keys and values come from one product, gate and
     up from another, rotary angles from a table, and new keys and values are written into room reserved
-    before the first step. The mathematics stays the library's; sums may be ordered differently.
+    before the first step. On a CPU plain weights are multiplied by oneDNN, which reads them faster than the
+    BLAS behind the library's linear layers on some processors. The mathematics stays the library's; sums may
+    be ordered differently.
     """
 
     card: ClassVar[Card] = card(
