@@ -78,6 +78,8 @@ class FloatStore:
         elif self._keys is not None and total <= self._keys.shape[2]:
             self._keys.narrow(2, self._length, keys.shape[2]).copy_(keys)  # narrow: fewer Python steps than indexing
             self._values.narrow(2, self._length, keys.shape[2]).copy_(values)
+        elif self._keys is not None and total >= self.capacity and self._keys.shape[2] == self._length:
+            self._keys, self._values = torch.cat((self._keys, keys), 2), torch.cat((self._values, values), 2)
         else:
             self._grow(keys, values, total)
         self._length = total
