@@ -51,13 +51,3 @@ def test_skipped_layers_keep_everything() -> None:
     with KNorm(keep=0.25, skip_layers=1).attach(session):
         state = prefill(session, prompt(40))
     assert [layer.stored for layer in state.cache.layers] == [40, 10]
-
-
-def test_padding_goes_first() -> None:
-    session = make_session()
-    with KNorm(keep=0.5).attach(session):
-        state = prefill(session, prompt(40), prompt(30, seed=1))
-        alone = prefill(session, prompt(30, seed=1))
-    for layer in state.cache.layers:
-        assert (layer.group.positions >= 0).all()
-    assert alone.cache.stored() == 15

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from tests import tiny
 from tests.methods.driving import forced, generate, library_model, load, make_session, prefill, prompt, tokens
-from workers.mechanisms.token_selection import best_of_real
+from workers.mechanisms.ranking import best_of_real
 from workers.policies.tokens.promptdistill import PromptDistill
 from workers.session import Session
 

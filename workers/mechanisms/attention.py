@@ -9,7 +9,7 @@ Shapes: B batch, Hq query heads, H key-value heads, G = Hq / H, T new tokens, S 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Forward:
         positions: [B, T] logical positions of the new tokens, -1 for padding.
         padded: some rows are padded.
         ends_prefill: this is the last chunk of the prompt; evictors act now.
-        prompt_tokens: length of the (padded) prompt.
+        prompt_lengths: prompt tokens of each row, padding not counted; budgets are shares of these.
         kernel: ``sdpa`` or ``eager``.
         observers: called after every attention.
         retain_queries: newest queries to remember across prefill chunks, per layer.
@@ -50,13 +50,18 @@ class Forward:
     positions: Tensor
     padded: bool = False
     ends_prefill: bool = False
-    prompt_tokens: int = 0
+    prompt_lengths: Sequence[int] = ()
     kernel: Literal["sdpa", "eager"] = "sdpa"
     observers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
     retain_queries: int = 0
     narrowed: list[tuple[int, Tensor]] = field(default_factory=list)
     seen: int = 0
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the longest prompt, which the others are padded to."""
+        return max(self.prompt_lengths, default=0)
 
     def positions_at(self, layer: int) -> Tensor:
         """Positions [B, T'] of the tokens that travel through this layer."""
@@ -210,8 +215,10 @@ def _group_attention(
         window = None
     unmasked = t == 1 and window is None and (gapless or not group.padded)
     causal = gapless and s == t > 1 and window is None
-    if forward.kernel == "sdpa" and softcap is None and causal:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=hq != h)
+    # Grouped queries in one call, as the library does; for one token in bfloat16 the kernel reads each key G times.
+    grouped = causal or (unmasked and query.dtype == torch.float32 and query.device.type == "cpu")
+    if forward.kernel == "sdpa" and softcap is None and grouped:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling, enable_gqa=hq != h)
     packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows: keys are read once, not G times
     mask = None if unmasked else _mask(forward, group, positions, t, s, window, hq // h, query.device)
     if forward.kernel == "sdpa" and softcap is None:

@@ -2,27 +2,28 @@
 
 A policy hands in one function that looks at an attention call and names the entries to keep.
 Budgets count prompt positions: ``keep`` = 0.25 of 1,000 prompt tokens leaves 250 in every KV head,
-protected ones included.
+protected ones included. Each row of a padded batch has the budget of its own prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.cache import PADDING
+from workers.mechanisms.cache import PADDING, HeadGroup
+from workers.mechanisms.ranking import best_of_real
 from workers.session import Session
 
 Choose = Callable[[AttentionCall], Tensor | None]
 
 
-def budget(keep: float, prompt_tokens: int, protected: int = 1) -> int:
-    """Entries left of a prompt: the share ``keep``, never fewer than the protected ones or than 1."""
-    return min(prompt_tokens, max(round(keep * prompt_tokens), protected, 1))
+def budgets(call: AttentionCall, keep: float, protected: int = 1) -> list[int]:
+    """Entries left of each row's prompt: the share ``keep``, never fewer than the protected ones or than 1."""
+    return [min(n, max(round(keep * n), protected, 1)) for n in call.forward.prompt_lengths]
 
 
 @contextmanager
@@ -52,28 +53,40 @@ def evicting(session: Session, policy: str, choose: Choose, every: int = 0) -> I
         yield
 
 
-def keep_best(call: AttentionCall, scores: Tensor, count: int, recent: int = 0, sinks: int = 0) -> Tensor | None:
-    """The ``count`` best entries of each KV head, positions below ``sinks`` and the newest ``recent`` always among them.
+def keep_best(
+    call: AttentionCall, scores: Tensor, counts: Sequence[int], recent: int | Sequence[int] = 0, sinks: int = 0
+) -> Tensor | None:
+    """The best entries of each KV head, positions below ``sinks`` and the newest ``recent`` always among them.
 
     Args:
-        scores: [B, H, S], higher = keep. Padding always goes first.
+        scores: [B, H, S], higher = keep.
+        counts: entries to keep in each row.
+        recent: newest entries that stay, of all rows or of each.
 
     Returns:
-        Indices [B, H, count], ascending; None if there is nothing to evict.
+        Indices [B, H, max(counts)], ascending; a row with a smaller count is filled up with its padding. None if
+        there is nothing to evict.
     """
     s = scores.shape[-1]
-    if s <= count:
+    if s <= max(counts):
         return None
-    scores = scores.clone()
-    group = call.cache.group
-    if group.padded and group.positions is not None:
-        scores.masked_fill_((group.positions == PADDING).expand_as(scores), float("-inf"))
-    if recent:
-        scores[..., -recent:] = float("inf")
+    scores, group = scores.clone(), call.cache.group
+    newest = [recent] * len(counts) if isinstance(recent, int) else recent
+    for row, n in enumerate(newest):
+        if n:
+            scores[row, :, -n:] = float("inf")
     if sinks:  # by position: a padded row begins with padding
         place = group.positions if group.positions is not None else torch.arange(s, device=scores.device)
         scores.masked_fill_(((place >= 0) & (place < sinks)).expand_as(scores), float("inf"))
-    return scores.topk(count, dim=-1).indices.sort(-1).values
+    real = real_entries(group)
+    if real is None:
+        return scores.topk(max(counts), dim=-1).indices.sort(-1).values
+    return best_of_real(scores, real.expand_as(scores), torch.tensor(counts, device=scores.device))
+
+
+def real_entries(group: HeadGroup) -> Tensor | None:
+    """Which stored entries are no padding: bool [B, 1 or H, S]; None = all."""
+    return None if group.positions is None or not group.padded else group.positions != PADDING
 
 
 def per_kv_head(x: Tensor, kv_heads: int) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workers.mechanisms.attention import AttentionCall, Forward
@@ -65,20 +64,6 @@ def truncating(session: Session) -> Iterator[None]:
 
     with session.hooked(session.after_prefill, truncate):
         yield
-
-
-def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
-    """The ``counts`` [B] best real tokens of each row, ascending, filled up with padding: [B, max(counts)].
-
-    Args:
-        scores: [B, L], higher = keep.
-        real: [B, L], False for padding; each row pads at least as much as it lacks against the longest count.
-    """
-    ranked = scores.masked_fill(~real, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(-1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
-    chosen = real & (rank < counts[:, None])
-    preference = chosen.int() * 2 + (~real).int()  # chosen, then padding, then what is dropped
-    return preference.argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())].sort(-1).values
 
 
 def _narrow(index: Tensor, first: bool) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import budget, column_sums, evicting, keep_best
+from workers.mechanisms.eviction import budgets, column_sums, evicting, keep_best
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -57,8 +57,9 @@ class H2O(Policy):
 
     def choose(self, call: AttentionCall) -> Tensor | None:
         """Entries to keep [B, H, n] of one layer."""
-        count = budget(self.keep, call.forward.prompt_tokens)
-        return keep_best(call, call.cache.group.tracked[SUMS], count, recent=max(1, round(self.recent * count)))
+        counts = budgets(call, self.keep)
+        newest = [max(1, round(self.recent * n)) for n in counts]
+        return keep_best(call, call.cache.group.tracked[SUMS], counts, recent=newest)
 
     def kv_factor(self) -> float:
         """The share kept."""

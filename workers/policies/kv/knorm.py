@@ -9,7 +9,7 @@ from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import budget, evicting, keep_best
+from workers.mechanisms.eviction import budgets, evicting, keep_best
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -50,7 +50,7 @@ class KNorm(Policy):
             return None
         shortness = -call.keys.float().norm(dim=-1)
         recent = min(self.recent, call.forward.prompt_tokens)
-        return keep_best(call, shortness, budget(self.keep, call.forward.prompt_tokens, recent), recent=recent)
+        return keep_best(call, shortness, budgets(call, self.keep, recent), recent=recent)
 
     def kv_factor(self) -> float:
         """The share kept; layers left whole are not known here, so an upper bound with them."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import budget, evicting, keep_best, per_kv_head
+from workers.mechanisms.eviction import budgets, evicting, keep_best, per_kv_head, real_entries
+from workers.mechanisms.ranking import smooth
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -53,10 +53,8 @@ class SnapKV(Policy):
         query = call.newest_queries(self.window)
         heads = call.cache.group.stop
         votes = per_kv_head(call.probabilities(query).sum(2), heads)  # [B, H, S]
-        if self.kernel > 1:
-            votes = F.avg_pool1d(votes, self.kernel, 1, self.kernel // 2, count_include_pad=False)[..., : votes.shape[-1]]
-        count = budget(self.keep, call.forward.prompt_tokens, query.shape[2])
-        return keep_best(call, votes, count, recent=query.shape[2])
+        votes = smooth(votes, self.kernel, real_entries(call.cache.group))
+        return keep_best(call, votes, budgets(call, self.keep, query.shape[2]), recent=query.shape[2])
 
     def kv_factor(self) -> float:
         """The share kept."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import budget, evicting, keep_best
+from workers.mechanisms.eviction import budgets, evicting, keep_best
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -52,7 +52,7 @@ class StreamingLLM(Policy):
         """Entries to keep [B, H, n] of one layer: newer is better, sinks are best."""
         b, heads, s = call.query.shape[0], call.cache.group.stop, call.cache.group.store.length
         age = torch.arange(s, device=call.query.device, dtype=torch.float32).expand(b, heads, s)
-        return keep_best(call, age, budget(self.keep, call.forward.prompt_tokens, self.sinks + 1), sinks=self.sinks)
+        return keep_best(call, age, budgets(call, self.keep, self.sinks + 1), sinks=self.sinks)
 
     def kv_factor(self) -> float:
         """The share kept."""

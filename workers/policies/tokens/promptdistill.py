@@ -13,7 +13,8 @@ from studio_state.catalog import Card
 from studio_state.resources import Use
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.cache import PADDING
-from workers.mechanisms.token_selection import best_of_real, narrowing, truncating
+from workers.mechanisms.ranking import best_of_real
+from workers.mechanisms.token_selection import narrowing, truncating
 from workers.methods import Policy, card, knob
 from workers.session import Session
 

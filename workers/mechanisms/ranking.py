@@ -1,0 +1,45 @@
+"""Choosing the best entries of each row where rows differ in how many they may keep.
+
+Shapes: B batch, H KV heads (or nothing), S entries.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts`` best real entries of each row, ascending, filled up with padding: [B, ..., max(counts)].
+
+    So every row of a padded batch keeps what it would keep alone, and the result is one tensor all the same.
+
+    Args:
+        scores: [B, ..., S], higher = keep.
+        real: the same shape, False for padding; each row pads at least as much as it lacks against the longest count.
+        counts: [B].
+    """
+    ranked = scores.masked_fill(~real, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(ranked.shape[-1], device=ranked.device)
+    rank = torch.empty_like(ranked).scatter_(-1, ranked, places.expand_as(ranked))
+    chosen = real & (rank < counts.view(-1, *[1] * (scores.dim() - 1)))
+    preference = chosen.int() * 2 + (~real).int()  # chosen, then padding, then what is dropped
+    return preference.argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())].sort(-1).values
+
+
+def smooth(scores: Tensor, kernel: int, real: Tensor | None = None) -> Tensor:
+    """Mean of each entry and its neighbours, ``kernel`` wide, over those that exist: [B, H, S].
+
+    Args:
+        scores: [B, H, S].
+        real: broadcastable to it, False for padding; None = all are real.
+    """
+    if kernel == 1:
+        return scores
+    size = scores.shape[-1]
+    if real is None:
+        return F.avg_pool1d(scores, kernel, 1, kernel // 2, count_include_pad=False)[..., :size]
+    real = real.expand_as(scores)
+    total, there = (F.avg_pool1d(x, kernel, 1, kernel // 2)[..., :size] for x in (scores * real, real.to(scores.dtype)))
+    return total / there.clamp_min(torch.finfo(scores.dtype).tiny)
