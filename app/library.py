@@ -96,6 +96,8 @@ def _facts(card: Card, catalog: Catalog) -> Iterator[tuple[str, str]]:
     workloads = [catalog.workload_by_id[w].title for w in card.workloads if w in catalog.workload_by_id]
     yield "Workloads", ", ".join(workloads) if card.workloads else "all of its families"
     yield "Needs here", ", ".join(card.requires)
+    yield "Number formats", ", ".join(card.dtypes)
+    yield "Devices", ", ".join(card.devices)
     yield "Batch", f"at most {card.max_batch}" if card.max_batch else ""
     if card.neutral is not None:
         at = " and ".join(f"{k} = {_value(v)}" for k, v in card.neutral.items()) or "every setting"

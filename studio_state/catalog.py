@@ -57,6 +57,8 @@ class Card(BaseModel):
         requires: importable modules or features it needs: ``cuda``, ``torchao``.
         alters_weights: it returns replacement modules.
         max_batch: most items that may run together with it; None = any number.
+        dtypes: number formats of the unquantized weights that it works with; empty = all.
+        devices: kinds of device that it runs on (``cpu``, ``cuda``); empty = all.
         portability: plain words about running it elsewhere.
     """
 
@@ -81,6 +83,8 @@ class Card(BaseModel):
     requires: tuple[str, ...] = ()
     alters_weights: bool = False
     max_batch: int | None = None
+    dtypes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
 
     def defaults(self) -> dict[str, Any]:
         """Default value of every knob."""

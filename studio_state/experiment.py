@@ -102,11 +102,17 @@ class ExperimentSpec(BaseModel):
         return hashlib.sha256(raw.encode()).hexdigest()[:16]
 
 
+def number_format(dtype: str, stored: str, device: str) -> str:
+    """The number format that a spec's ``dtype`` means: ``auto`` = float32 on the CPU, ``stored`` elsewhere."""
+    return ("float32" if device.startswith("cpu") else stored) if dtype == "auto" else dtype
+
+
 class ModelInfo(BaseModel):
     """What is known of a model from its config, before weights load.
 
     Attributes:
         name: what the user asked for; ``revision`` the resolved one.
+        fingerprint: digest over samples of the weight files, where neither a revision nor a published checksum names them.
         family: ``llm``, ``vlm``, ``diffusion`` or ``vit``.
         traits: for example ``gqa``, ``moe``, ``ssm``, ``sliding-window``, ``tied-embeddings``, ``4-bit-source``.
         parameters: number of weights; ``stored_bytes`` their size in the files.
@@ -121,6 +127,7 @@ class ModelInfo(BaseModel):
     name: str
     title: str = ""
     revision: str = ""
+    fingerprint: str = ""
     family: str
     architecture: str = ""
     traits: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict, Field
 
 from studio_state.catalog import Catalog
-from studio_state.experiment import ExperimentSpec, ModelInfo
+from studio_state.experiment import ExperimentSpec, ModelInfo, number_format
 from studio_state.model_fit import model_misfits
 from studio_state.pipeline import Pipeline, Step
 from studio_state.resources import RESOURCES, Use, clashes
@@ -132,6 +132,7 @@ def pipeline_problems(
     lane: int | None = None,
     chunked: bool = False,
     batch: int = 1,
+    dtype: str = "",
 ) -> list[Problem]:
     """All problems of one pipeline.
 
@@ -140,6 +141,7 @@ def pipeline_problems(
         unavailable: method id -> reason, from the worker's ``hello``.
         chunked: the experiment prefills in chunks, which spoils ``prefill.whole``.
         batch: items that run together.
+        dtype: number format of the weights (``auto`` resolved); empty while it is unknown.
     """
     found: list[Problem] = []
     uses: list[tuple[int, list[Use]]] = []
@@ -164,6 +166,13 @@ def pipeline_problems(
             add(message, name or None, mend)
         if unavailable and card.id in unavailable:
             add(f"{card.title} cannot run on this worker: {unavailable[card.id]}", mend=remove)
+        if card.devices and device.partition(":")[0] not in card.devices:
+            add(f"{card.title} runs on {', '.join(card.devices)} only; this experiment is on {device}", mend=remove)
+        if dtype and card.dtypes and dtype not in card.dtypes:
+            add(
+                f"{card.title} works on {', '.join(card.dtypes)} models; this experiment is {dtype}, set dtype = {card.dtypes[0]}",
+                mend=Mend(action="experiment", knob="dtype", value=card.dtypes[0], label=f"Set dtype to {card.dtypes[0]}"),
+            )
         if model is not None:
             for misfit in model_misfits(card, step, model):
                 value = misfit.value
@@ -253,5 +262,6 @@ def problems(
             lane,
             spec.chunk_size is not None,
             spec.batch,
+            number_format(spec.dtype, model.dtype if model else "", spec.device),
         )
     return found

@@ -81,7 +81,7 @@ class CardExperiment(BaseModel):
     """What was run, on what, where.
 
     Attributes:
-        model_digest: sha256 of the model's file, or its commit; empty where neither is recorded (a local folder).
+        model_digest: commit of the model, sha256 of its file, or the fingerprint of a local folder's weights.
         workload_digest: over the prompts that the model saw and the expected answers.
     """
 
@@ -169,7 +169,7 @@ def _model_digest(model: ModelInfo | None) -> str:
     if model is None:
         return ""
     entry = find_in_zoo(model.name)
-    return model.revision or str(getattr(entry.source, "sha256", "") if entry else "")
+    return model.revision or str(getattr(entry.source, "sha256", "") if entry else "") or model.fingerprint
 
 
 def _workload_digest(found: Results) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from studio_state.catalog import Catalog
-from studio_state.experiment import ModelInfo
+from studio_state.experiment import ExperimentSpec, ModelInfo, WorkloadSpec
 from studio_state.model_fit import candidates, nearest_number
-from studio_state.pipeline import Pipeline, Step
-from studio_state.problems import pipeline_problems
+from studio_state.pipeline import Pipeline, Step, parse_pipeline
+from studio_state.problems import pipeline_problems, problems
 
 CATALOG = Catalog.load()
 SMOLLM2 = ModelInfo(name="smollm2-135m", family="llm", layers=30, hidden=576, ffn=1536)  # its config.json
@@ -47,6 +47,26 @@ def test_a_policy_for_another_family_can_only_be_removed() -> None:
     [problem] = pipeline_problems(Pipeline(steps=(Step(policy="snapkv"),)), CATALOG, ModelInfo(name="m", family="vit"))
     assert problem.mend is not None
     assert problem.mend.action == "remove"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "stored", "message", "mend"),
+    [
+        ("cpu", "auto", "bfloat16", "", None),
+        ("cpu", "float32", "bfloat16", "", None),
+        ("cpu", "bfloat16", "float32", "works on float32 models; this experiment is bfloat16, set dtype = float32", ("experiment", "dtype", "float32")),
+        ("cuda:1", "float32", "float32", "runs on cpu only; this experiment is on cuda:1", ("remove", "", None)),
+    ],
+)  # fmt: skip
+def test_number_formats_and_devices_are_checked_before_loading(
+    device: str, dtype: str, stored: str, message: str, mend: tuple[str, str, Any] | None
+) -> None:
+    spec = ExperimentSpec(
+        model="m", workload=WorkloadSpec(id="speed"), lanes=(parse_pipeline("dynamic-int8"),), device=device, dtype=dtype
+    )
+    found = problems(spec, CATALOG, SMOLLM2.model_copy(update={"dtype": stored}))
+    assert [message in p.message for p in found] == [True] * bool(message)
+    assert [p.mend and (p.mend.action, p.mend.knob, p.mend.value) for p in found] == ([mend] if mend else [])
 
 
 def test_candidates_come_from_the_schema() -> None:

@@ -120,6 +120,20 @@ def test_a_gguf_file_loads_through_the_same_call(by_folder: bool) -> None:
     assert tokenizer("The secret number").input_ids == tiny.tokenizer()("The secret number").input_ids
 
 
+def test_other_weights_have_another_fingerprint(copy: Path) -> None:
+    """Of a local folder; a Hub commit or a zoo entry's checksum says the same and is taken where there is one."""
+    first = model_info(resolve(str(copy))).fingerprint
+    edit_config(copy, max_position_embeddings=99)
+    assert model_info(resolve(str(copy))).fingerprint == first
+    tensors = load_file(copy / "model.safetensors")
+    next(iter(tensors.values()))[-1] += 1.0
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    changed = model_info(resolve(str(copy))).fingerprint
+    assert len(first) == len(changed) == 64
+    assert changed != first
+    assert model_info(resolve(str(tiny.gguf_llama()))).fingerprint not in ("", first, changed)
+
+
 def test_a_tied_head_that_is_stored_as_well_counts_once(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

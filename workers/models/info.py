@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,6 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from studio_state.errors import Unavailable
 from studio_state.experiment import ModelInfo
+from workers.models.fingerprint import fingerprint
 from workers.models.resolve import Resolved
 
 LEAN_SHAPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,6 +38,7 @@ def model_info(resolved: Resolved) -> ModelInfo:
         "name": resolved.name,
         "title": _title(resolved),
         "revision": resolved.revision,
+        "fingerprint": "" if resolved.revision or entry else fingerprint(_weight_files(resolved)),
         "family": family(resolved),
         "architecture": architecture(resolved),
         "licence": entry.licence if entry else (facts.licence if facts else ""),
@@ -48,6 +51,10 @@ def model_info(resolved: Resolved) -> ModelInfo:
         return ModelInfo(**common, traits=tuple(entry.traits if entry else ()))
     config = resolved.config.get_text_config()
     return ModelInfo(**common, **_shape(config), parameters=_parameters(resolved), traits=_traits(resolved, config))
+
+
+def _weight_files(resolved: Resolved) -> Iterable[Path]:
+    return [resolved.path / resolved.gguf_file] if resolved.gguf_file else resolved.path.rglob("*.safetensors")
 
 
 def _title(resolved: Resolved) -> str:

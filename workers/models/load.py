@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio_state.errors import ModelError, Unavailable
+from studio_state.experiment import number_format
 from workers.models import gguf_file
 from workers.models.info import family
 from workers.models.resolve import Resolved
@@ -33,7 +34,7 @@ def torch_dtype(dtype: str, stored: str, device: str) -> torch.dtype:
     Raises:
         ModelError: an unknown name.
     """
-    name = ("float32" if torch.device(device).type == "cpu" else stored) if dtype == "auto" else dtype
+    name = number_format(dtype, stored, device)
     if name not in DTYPES:
         raise ModelError(f"dtype {name!r} is not allowed; allowed: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

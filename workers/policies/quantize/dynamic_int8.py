@@ -41,6 +41,8 @@ class DynamicInt8(Policy):
         neutral=None,
         not_neutral_because="every setting rounds weights and activations to 8 bits",
         requires=(f"cpu:{ENGINE}",),
+        dtypes=("float32",),
+        devices=("cpu",),
         alters_weights=True,
     )
     activations: Literal["token", "tensor"] = knob(
