@@ -2,6 +2,7 @@
 (() => {
   const PS = window.ParetoStudio, { el, button } = PS;
   const FILTERS = [['model', 'Model'], ['workload', 'Workload'], ['status', 'Status'], ['tag', 'Tag']];
+  const KEPT = 'pareto-studio-picked';                        // for this tab, so that a reload finds the comparison again
   const HEAD = ['Run', 'Speed', 'KV or weights', 'Peak memory', 'Quality'];
 
   PS.mountHistory = (root, props, trigger, watch, server) => {
@@ -39,8 +40,14 @@
       if (ids.length > props.most) { said(`At most ${props.most} runs can be compared at once; take some out first.`, 'warning'); ids = ids.slice(0, props.most); }
       picked = ids;
       props.value = { picked };
+      try { sessionStorage.setItem(KEPT, JSON.stringify(ids)); } catch { /* a frame without storage: picks end with the page */ }
       drawChecks();
       drawTray();
+    }
+    function pickAgain() {
+      let kept = [];
+      try { kept = JSON.parse(sessionStorage.getItem(KEPT)) || []; } catch { /* as above */ }
+      if (!picked.length && kept.length) pick(kept);
     }
     const toggle = (ids, on) => pick(on ? [...picked, ...ids.filter((id) => !picked.includes(id))] : picked.filter((id) => !ids.includes(id)));
     function drawChecks() {
@@ -144,7 +151,7 @@
     });
     watch('names', drawTray);
     watch('reload', load);
-    PS.whenShown(root, load);
+    PS.whenShown(root, async () => { await load(); pickAgain(); });
     root.dataset.ready = '1';
   };
 })();

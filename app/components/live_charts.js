@@ -51,7 +51,7 @@
     const x = (v) => LEFT + (W - LEFT - RIGHT) * (v - x0) / (x1 - x0), y = (v) => H - BOTTOM - (H - TOP - BOTTOM) * (v - y0) / (y1 - y0);
     const plot = svg('svg', { viewBox: `0 0 ${W} ${H}`, class: 'lr-svg' });
     for (const t of PS.ticks(y0, y1, 4)) plot.append(svg('line', { x1: LEFT, x2: W - RIGHT, y1: y(t), y2: y(t), class: 'lr-grid' }), text(LEFT - 6, y(t), number(t), { 'text-anchor': 'end', 'dominant-baseline': 'central' }));
-    for (const t of PS.ticks(x0, x1, 5)) plot.append(svg('line', { x1: x(t), x2: x(t), y1: H - BOTTOM, y2: H - BOTTOM + 4, class: 'lr-grid' }), text(x(t), H - BOTTOM + 15, number(t), { 'text-anchor': 'middle' }));
+    for (const t of PS.ticks(x0, x1, 5).filter((v) => chart.id !== 'items' || Number.isInteger(v))) plot.append(svg('line', { x1: x(t), x2: x(t), y1: H - BOTTOM, y2: H - BOTTOM + 4, class: 'lr-grid' }), text(x(t), H - BOTTOM + 15, number(t), { 'text-anchor': 'middle' }));
     plot.append(text((LEFT + W - RIGHT) / 2, H - 3, chart.x, { 'text-anchor': 'middle' }), text(LEFT + 4, TOP + 8, chart.y, {}));
     for (const s of chart.series) {
       plot.append(svg('polyline', { class: 'lr-line', style: `stroke:${s.colour}`, points: s.points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' ') }));

@@ -117,6 +117,19 @@ def test_delete_undo_and_bring_back(compare: Page, data: Path) -> None:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
+def test_picks_survive_a_reload(compare: Page, url: str) -> None:
+    pick(compare, CHOICE)
+    chips = compare.locator(".ht-chips li")
+    names = chips.all_inner_texts()
+    assert names
+    open_compare(compare, url)  # the page anew, in the same tab
+    expect(chips).to_have_count(len(names))
+    expect(chips.first).to_have_text(names[0])
+    wait_drawn(compare, "pareto")
+    compare.locator(".ht-tray").get_by_role("button", name="Clear").click()
+    expect(chips).to_have_count(0)
+
+
 def test_pareto_by_mouse_and_by_keyboard(compare: Page, data: Path) -> None:
     pick(compare, CHOICE)
     figure = wait_drawn(compare, "pareto")
