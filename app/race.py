@@ -1,48 +1,45 @@
 """The state of one experiment, folded from its events. Pure: no clock, no files, no screen.
 
 The same fold serves the live page, the ``status`` endpoint and a reload: feed it the events from
-``seq`` on and it stands where the experiment stands.
+``seq`` on and it stands where the experiment stands. What came of the lanes is folded by
+``studio_state.results``; added here is what only somebody who watches needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from app.race_parts import Item, Lane, Stream, Value
+from app.race_parts import Item, Stream
 from studio_state import events as ev
-from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from studio_state.experiment import MemoryEstimate
+from studio_state.results import Results
 
 
 @dataclass
-class Race:
+class Race(Results):
     """An experiment as it stands after the events up to ``seq``.
 
+    The record says of a lane how it ended or ``not finished``; a race says also that it is ``waiting`` or
+    ``running``, and ``cancelled`` where the experiment was.
+
     Attributes:
-        status: ``queued``, ``running``, ``finished``, ``failed``, ``cancelled``, or ``interrupted`` (nobody records it any more).
+        status: as of results, or ``interrupted`` (nobody records it any more).
         current: id of the item that began last; ``running_lane`` the lane that works on it.
     """
 
-    experiment: str
+    LANE_STATUS: ClassVar[str] = "waiting"
     seq: int = -1
-    status: str = "queued"
-    spec: ExperimentSpec | None = None
     owner: str = ""
-    origin: str = ""
-    submitted_at: float | None = None
     started_at: float | None = None
     first_item_at: float | None = None
     last_done_at: float | None = None
     ended_at: float | None = None
-    message: str = ""
-    model: ModelInfo | None = None
     estimate: MemoryEstimate | None = None
     fits_baseline: bool = True
     phase: ev.Phase | None = None
     notes: list[ev.Note] = field(default_factory=list)
-    problems: list[dict[str, Any]] = field(default_factory=list)
-    lanes: list[Lane] = field(default_factory=list)
     items: dict[str, Item] = field(default_factory=dict)
     current: str | None = None
     running_lane: int | None = None
@@ -54,8 +51,9 @@ class Race:
 
     def interrupt(self) -> None:
         """Nobody runs it any more, though it never ended: its process was killed, or the machine went down."""
-        _end(self, ev.Event(t=self.ended_at or self.last_done_at or self.started_at or self.submitted_at or 0.0), "interrupted",
-             "The process that ran this was ended before it finished; what was measured before is kept.")  # fmt: skip
+        self.status = "interrupted"
+        self.message = "The process that ran this was ended before it finished; what was measured before is kept."
+        self._end(self.ended_at or self.last_done_at or self.started_at or self.submitted_at or 0.0)
 
     def feed(self, events: Iterable[ev.Event]) -> bool:
         """Apply events newer than ``seq``, in order; returns True if there were any."""
@@ -63,14 +61,8 @@ class Race:
         for event in events:
             if event.seq > self.seq:
                 self.seq = event.seq
-                _FOLD.get(type(event), _ignore)(self, event)
+                self.take(event)
         return self.seq != before
-
-    def lane(self, index: int) -> Lane:
-        """The lane with this index, made on first use."""
-        while len(self.lanes) <= index:
-            self.lanes.append(Lane())
-        return self.lanes[index]
 
     def item(self, item_id: str) -> Item:
         """The item with this id, made on first use."""
@@ -88,7 +80,7 @@ class Race:
     def progress(self) -> float | None:
         """Share of the items of all lanes that is done (0..1); None while the number of items is unknown."""
         total = self.total_items() * len(self.lanes)
-        return min(1.0, sum(len(lane.items_done) for lane in self.lanes) / total) if total else None
+        return min(1.0, sum(len(lane.outputs) for lane in self.lanes) / total) if total else None
 
     def eta(self, now: float) -> float | None:
         """Seconds left, from the pace up to the last finished item; None while there is nothing to go by.
@@ -101,119 +93,45 @@ class Race:
         rest = (self.last_done_at - self.first_item_at) * (1 - done) / done
         return max(rest - (now - self.last_done_at), rest / 10)
 
+    def take(self, event: ev.Event) -> None:
+        """Apply one event: the results first, then what only the screen shows."""
+        super().take(event)
+        match event:
+            case ev.Tokens():
+                stream = self.stream(event.item, event.lane)
+                stream.ids.append(tuple(event.ids))
+                stream.pieces.append(event.text)
+                stream.at.extend(event.at)
+            case ev.Phase():
+                self.phase = event
+            case ev.ItemStarted():
+                self._begin(event)
+            case ev.Output():
+                self.stream(event.item, event.lane).outcome, self.last_done_at = event, event.t
+            case ev.Kept():
+                self.item(event.item).kept[event.lane] = event
+            case ev.Note():
+                self.notes.append(event)
+            case ev.Submitted():
+                self.owner = event.owner
+            case ev.Started():
+                self.started_at = event.t
+            case ev.ModelLoaded():
+                self.estimate, self.fits_baseline = event.estimate, event.fits_baseline
+            case ev.LaneStarted():
+                self.lane(event.lane).status = "running"
+            case ev.Finished() | ev.Failed() | ev.Cancelled():
+                self._end(event.t)
 
-def _ignore(race: Race, event: ev.Event) -> None:
-    """Kinds that change nothing on the screen (and kinds of later versions)."""
+    def _begin(self, e: ev.ItemStarted) -> None:
+        item = self.item(e.item)
+        item.index, item.of, item.pieces = e.index, e.of, e.pieces or item.pieces
+        item.streams[e.lane] = Stream(outcome=item.streams[e.lane].outcome if e.lane in item.streams else None)
+        self.current, self.running_lane = e.item, e.lane
+        self.first_item_at = self.first_item_at or e.t
 
-
-def _submitted(race: Race, e: ev.Submitted) -> None:
-    race.spec, race.owner, race.origin, race.submitted_at = e.spec, e.owner, e.origin, e.t
-    for i in range(len(e.spec.lanes)):
-        race.lane(i)
-
-
-def _started(race: Race, e: ev.Started) -> None:
-    race.status, race.started_at = "running", e.t
-
-
-def _model(race: Race, e: ev.ModelLoaded) -> None:
-    race.model, race.estimate, race.fits_baseline = e.info, e.estimate, e.fits_baseline
-
-
-def _phase(race: Race, e: ev.Phase) -> None:
-    race.phase = e
-
-
-def _note(race: Race, e: ev.Note) -> None:
-    race.notes.append(e)
-
-
-def _lane(race: Race, e: ev.LaneStarted) -> None:
-    lane = race.lane(e.lane)
-    lane.order, lane.started, lane.interleaved, lane.status = e.order, True, e.interleaved, "running"
-
-
-def _item(race: Race, e: ev.ItemStarted) -> None:
-    item = race.item(e.item)
-    item.index, item.of = e.index, e.of
-    item.prompt, item.pieces = e.prompt or item.prompt, e.pieces or item.pieces
-    item.streams[e.lane] = Stream(outcome=item.streams[e.lane].outcome if e.lane in item.streams else None)
-    lane = race.lane(e.lane)
-    lane.items_begun += 1
-    race.current, race.running_lane = e.item, e.lane
-    race.first_item_at = race.first_item_at or e.t
-
-
-def _tokens(race: Race, e: ev.Tokens) -> None:
-    stream = race.stream(e.item, e.lane)
-    stream.ids.append(tuple(e.ids))
-    stream.pieces.append(e.text)
-    stream.at.extend(e.at)
-
-
-def _metric(race: Race, e: ev.Metric) -> None:
-    value = race.lane(e.lane).values.setdefault(e.name, Value(e.name))
-    value.source = e.source
-    if e.item is None:
-        value.final, value.is_final, value.low, value.high, value.n = e.value, True, e.low, e.high, e.n
-    elif e.value is not None:
-        value.samples[e.item, e.repeat] = e.value
-
-
-def _ratio(race: Race, e: ev.Ratio) -> None:
-    race.lane(e.lane).ratios[e.name] = e
-
-
-def _output(race: Race, e: ev.Output) -> None:
-    race.stream(e.item, e.lane).outcome = e
-    race.lane(e.lane).items_done.add((e.item, e.repeat))
-    race.last_done_at = e.t
-
-
-def _kept(race: Race, e: ev.Kept) -> None:
-    race.item(e.item).kept[e.lane] = e
-
-
-def _lane_finished(race: Race, e: ev.LaneFinished) -> None:
-    lane = race.lane(e.lane)
-    lane.status, lane.message, lane.flags, lane.interleaved = e.status, e.message, list(e.flags), e.interleaved
-
-
-def _finished(race: Race, e: ev.Finished) -> None:
-    _end(race, e, "finished", "")
-
-
-def _failed(race: Race, e: ev.Failed) -> None:
-    race.problems = list(e.problems)
-    _end(race, e, "failed", e.message)
-
-
-def _cancelled(race: Race, e: ev.Cancelled) -> None:
-    _end(race, e, "cancelled", e.message)
-
-
-def _end(race: Race, e: ev.Event, status: str, message: str) -> None:
-    race.status, race.message, race.ended_at, race.running_lane = status, message, e.t, None
-    for lane in race.lanes:
-        if lane.status in ("waiting", "running"):
-            lane.status = "cancelled" if status == "cancelled" else "not finished"
-
-
-_FOLD: dict[type[ev.Event], Callable[[Race, Any], None]] = {
-    ev.Submitted: _submitted,
-    ev.Started: _started,
-    ev.ModelLoaded: _model,
-    ev.Phase: _phase,
-    ev.Note: _note,
-    ev.LaneStarted: _lane,
-    ev.ItemStarted: _item,
-    ev.Tokens: _tokens,
-    ev.Metric: _metric,
-    ev.Ratio: _ratio,
-    ev.Output: _output,
-    ev.Kept: _kept,
-    ev.LaneFinished: _lane_finished,
-    ev.Finished: _finished,
-    ev.Failed: _failed,
-    ev.Cancelled: _cancelled,
-}
+    def _end(self, at: float) -> None:
+        self.ended_at, self.running_lane = at, None
+        for lane in self.lanes:
+            if lane.status in ("waiting", "running"):
+                lane.status = "cancelled" if self.status == "cancelled" else "not finished"

@@ -88,12 +88,12 @@ def tokens_over_time(race: Race, item_id: str | None) -> Chart | None:
 def per_item(race: Race) -> Chart | None:
     """The first pace metric that has values, item by item."""
     for name in PACE_METRICS:
-        lanes = [(i, lane.values[name].samples) for i, lane in enumerate(race.lanes) if name in lane.values]
+        lanes = [(i, lane.samples[name]) for i, lane in enumerate(race.lanes) if name in lane.samples]
         if any(len(samples) > 1 for _, samples in lanes):
             break
     else:
         return None
-    series = [_series(race, i, _running(race, name, samples)) for i, samples in lanes if samples]
+    series = [_series(race, i, _running(race, name, samples)) for i, samples in lanes]
     unit = metric_quantity(name, 1.0).unit if METRICS[name].unit else ""
     title = f"{metric_title(name)} {'so far' if name == 'accuracy' else 'item by item'}"
     return {

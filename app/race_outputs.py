@@ -37,7 +37,7 @@ def streams(race: Race, item_id: str | None) -> Section:
         "item": item.id,
         "following": item_id is None,
         "choices": item_choices(race),
-        "prompt": item.prompt,
+        "prompt": race.prompts.get(item.id, ""),
         "lanes": [_text(race, shown_item(race, item_id, i), i, reference, item) for i in range(len(race.lanes))],
     }
 

@@ -1,20 +1,10 @@
-"""The parts of a race: items, what lanes make of them, values. Data, and how values become one number."""
+"""The parts of a race that only the screen needs: items, and what lanes make of them. Data."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from studio_state import events as ev
-from studio_state.metrics import METRICS
-
-_REDUCE: dict[str, Callable[[list[float]], float]] = {
-    "median": statistics.median,
-    "mean": statistics.fmean,
-    "max": max,
-    "sum": sum,
-}
 
 
 @dataclass
@@ -40,7 +30,7 @@ class Stream:
 
 @dataclass
 class Item:
-    """One item of the workload, the same for all lanes.
+    """One item of the workload, the same for all lanes. (Its prompt is among the results.)
 
     Attributes:
         index, of: its place among the items.
@@ -52,58 +42,6 @@ class Item:
     id: str
     index: int = 0
     of: int = 0
-    prompt: str = ""
     pieces: list[str] = field(default_factory=list)
     streams: dict[int, Stream] = field(default_factory=dict)
     kept: dict[int, ev.Kept] = field(default_factory=dict)
-
-
-@dataclass
-class Value:
-    """A metric of a lane, so far or final.
-
-    Attributes:
-        samples: (item, repeat) -> value, where the metric is taken per item.
-        final: the value of the lane as a whole, once the worker gave it.
-    """
-
-    name: str
-    source: str = "measured"
-    samples: dict[tuple[str, int], float] = field(default_factory=dict)
-    final: float | None = None
-    is_final: bool = False
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-
-    def value(self) -> float | None:
-        """The final value, else the summary of the samples so far."""
-        return self.final if self.is_final else summarize(self.name, list(self.samples.values()))
-
-
-@dataclass
-class Lane:
-    """One lane of the race."""
-
-    order: str = ""
-    started: bool = False
-    interleaved: bool = True
-    status: str = "waiting"
-    message: str = ""
-    flags: list[str] = field(default_factory=list)
-    values: dict[str, Value] = field(default_factory=dict)
-    ratios: dict[str, ev.Ratio] = field(default_factory=dict)
-    items_begun: int = 0
-    items_done: set[tuple[str, int]] = field(default_factory=set)
-
-
-def summarize(name: str, samples: Sequence[float]) -> float | None:
-    """One number from the values of the items, the way ``METRICS`` says; None where that is not defined."""
-    if not samples:
-        return None
-    kind = METRICS[name].summary if name in METRICS else "median"
-    if kind == "given":
-        return None
-    if kind == "last":
-        return samples[-1]
-    return float(_REDUCE[kind](list(samples)))

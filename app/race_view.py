@@ -12,9 +12,9 @@ from app.components.numbers import clock, interval_text, metric_quantity, metric
 from app.race import Race
 from app.race_names import name_of
 from app.race_outputs import shown_item
-from app.race_parts import Lane
 from studio_state.events import Ratio
 from studio_state.metrics import METRICS
+from studio_state.results import LaneResults
 
 Section = dict[str, Any]
 
@@ -96,11 +96,11 @@ def _status_text(race: Race, place: int | None) -> str:
 
 def lanes(race: Race) -> list[Section]:
     """One column per lane: who it is, how it stands, its numbers, its memory."""
-    largest = max((_largest_memory(lane) for lane in race.lanes), default=0.0)
+    largest = max((lane.value(n) or 0.0 for lane in race.lanes for n in MEMORY_METRICS), default=0.0)
     return [_column(race, i, lane, largest) for i, lane in enumerate(race.lanes)]
 
 
-def _column(race: Race, index: int, lane: Lane, largest: float) -> Section:
+def _column(race: Race, index: int, lane: LaneResults, largest: float) -> Section:
     steps = race.spec.lanes[index].text() if race.spec and index < len(race.spec.lanes) else ""
     return {
         "lane": index,
@@ -113,7 +113,7 @@ def _column(race: Race, index: int, lane: Lane, largest: float) -> Section:
         "active": race.running_lane == index,
         "message": lane.message,
         "flags": lane.flags + ([] if lane.interleaved else ["Ran in a block of its own, not interleaved with the others."]),
-        "items": f"{len(lane.items_done)} of {race.total_items()}" if race.total_items() else "",
+        "items": f"{len(lane.outputs)} of {race.total_items()}" if race.total_items() else "",
         "now": _speed_now(race, index),
         "rows": [row for name in COLUMN_METRICS if (row := metric_row(race, index, name))],
         "memory": [bar for name in MEMORY_METRICS if (bar := _memory_bar(lane, name, largest))],
@@ -122,9 +122,9 @@ def _column(race: Race, index: int, lane: Lane, largest: float) -> Section:
 
 def _speed_now(race: Race, lane: int) -> Section | None:
     """The large number of a column: the speed of the item at hand; at the end the lane's own speed."""
-    names = [n for n in ("decode_tokens_per_s", "score_tokens_per_s") if n in race.lanes[lane].values]
+    names = [n for n in ("decode_tokens_per_s", "score_tokens_per_s") if n in race.lanes[lane].sources]
     if race.over and names:
-        text, unit = metric_quantity(names[0], race.lanes[lane].values[names[0]].value())
+        text, unit = metric_quantity(names[0], race.lanes[lane].value(names[0]))
         return {"text": text, "unit": unit, "when": "scored" if names[0].startswith("score") else "decoded"}
     item = shown_item(race, None, lane)
     speed = item.streams[lane].tokens_per_s() if item else None
@@ -134,12 +134,8 @@ def _speed_now(race: Race, lane: int) -> Section | None:
     return {"text": text, "unit": unit, "when": "now" if race.running_lane == lane else "last item"}
 
 
-def _largest_memory(lane: Lane) -> float:
-    return max((lane.values[n].value() or 0.0 for n in MEMORY_METRICS if n in lane.values), default=0.0)
-
-
-def _memory_bar(lane: Lane, name: str, largest: float) -> Section | None:
-    value = lane.values[name].value() if name in lane.values else None
+def _memory_bar(lane: LaneResults, name: str, largest: float) -> Section | None:
+    value = lane.value(name)
     if value is None:
         return None
     text, unit = metric_quantity(name, value)
@@ -155,19 +151,19 @@ def _memory_bar(lane: Lane, name: str, largest: float) -> Section | None:
 
 def metric_row(race: Race, lane: int, name: str) -> Section | None:
     """A metric of one lane with its ratio to the reference; None where it has no value."""
-    entry = race.lanes[lane].values.get(name)
-    value = entry.value() if entry else None
-    if entry is None or value is None:
+    entry = race.lanes[lane]
+    value = entry.value(name)
+    if value is None:
         return None
     text, unit = metric_quantity(name, value)
-    ratio = race.lanes[lane].ratios.get(name)
+    ratio = entry.ratios.get(name)
     return {
         "name": name,
         "title": metric_title(name),
         "text": text,
         "unit": unit,
-        "source": entry.source,
-        "final": entry.is_final,
+        "source": entry.sources[name],
+        "final": name in entry.values,
         "ratio": ratio_text(ratio.value) if ratio else "",
         "interval": interval_text(ratio.low, ratio.high) if ratio else "",
         "verdict": verdict(name, ratio) if ratio else "",
@@ -189,7 +185,7 @@ def verdict(name: str, ratio: Ratio) -> str:
 def table(race: Race) -> Section:
     """Every metric of every lane, grouped; cells carry value, unit, ratio and interval."""
     reference = race.spec.reference if race.spec else 0
-    names = {n for lane in race.lanes for n in lane.values}
+    names = {n for lane in race.lanes for n in lane.sources}
     ordered = [n for g in GROUPS for n in METRICS if n in names and METRICS[n].group == g] + sorted(names - METRICS.keys())
     rows = []
     for name in ordered:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from app.race import Race
-from app.race_parts import Lane, Value
-from studio_state.events import Event, Finished, Output, Started
+from studio_state.events import Event, Metric, Output
+from studio_state.results import LaneResults
 
 DOCUMENT_VERSION = 1
 
@@ -27,17 +27,12 @@ def document(events: Iterable[Event]) -> dict[str, Any]:
     Args:
         events: in order, from the first.
     """
-    kept = list(events)
-    race = Race(kept[0].experiment if kept else "")
-    race.feed(kept)
-    outputs: dict[int, list[Output]] = {}
-    for event in kept:
-        if isinstance(event, Output):
-            outputs.setdefault(event.lane, []).append(event)
+    race = Race()
+    race.feed(events)
     return {
         "version": DOCUMENT_VERSION,
-        "experiment": _experiment(race, kept),
-        "lanes": [_lane(race, i, lane, outputs.get(i, [])) for i, lane in enumerate(race.lanes)],
+        "experiment": _experiment(race),
+        "lanes": [_lane(race, i, lane) for i, lane in enumerate(race.lanes)],
     }
 
 
@@ -46,7 +41,7 @@ def all_finished(report: dict[str, Any]) -> bool:
     return report["experiment"]["status"] == "finished" and all(lane["status"] == "finished" for lane in report["lanes"])
 
 
-def _experiment(race: Race, events: list[Event]) -> dict[str, Any]:
+def _experiment(race: Race) -> dict[str, Any]:
     return {
         "id": race.experiment,
         "status": race.status,
@@ -54,20 +49,20 @@ def _experiment(race: Race, events: list[Event]) -> dict[str, Any]:
         "problems": race.problems,
         "origin": race.origin,
         "submitted_at": race.submitted_at,
-        "seconds": next((e.seconds for e in events if isinstance(e, Finished)), None),
+        "seconds": race.seconds,
         "spec": race.spec.model_dump(mode="json") if race.spec else None,
         "digest": race.spec.digest() if race.spec else None,
         "model": race.model.model_dump(mode="json") if race.model else None,
         "estimate": race.estimate.model_dump(mode="json") if race.estimate else None,
         "fits_baseline": race.fits_baseline,
-        "environment": next((e.environment for e in events if isinstance(e, Started)), {}),
+        "environment": race.environment,
         "notes": [{"text": n.text, "level": n.level, "lane": n.lane} for n in race.notes],
     }
 
 
-def _lane(race: Race, index: int, lane: Lane, outputs: list[Output]) -> dict[str, Any]:
+def _lane(race: Race, index: int, lane: LaneResults) -> dict[str, Any]:
     pipeline = race.spec.lanes[index] if race.spec and index < len(race.spec.lanes) else None
-    values = {name: v for name, v in lane.values.items() if v.is_final or v.value() is not None}
+    names = [n for n in lane.sources if n in lane.values or lane.value(n) is not None]
     return {
         "lane": index,
         "pipeline": pipeline.text() if pipeline else lane.order,
@@ -77,16 +72,16 @@ def _lane(race: Race, index: int, lane: Lane, outputs: list[Output]) -> dict[str
         "message": lane.message,
         "flags": lane.flags,
         "interleaved": lane.interleaved,
-        "metrics": {name: v.value() for name, v in values.items()},
-        "sources": {name: v.source for name, v in values.items()},
-        "intervals": {name: _interval(v) for name, v in values.items() if v.low is not None or v.n is not None},
+        "metrics": {n: lane.value(n) for n in names},
+        "sources": {n: lane.sources[n] for n in names},
+        "intervals": {n: _interval(m) for n in names if (m := lane.values.get(n)) and (m.low is not None or m.n is not None)},
         "ratios": {name: {"value": r.value, "low": r.low, "high": r.high, "n": r.n} for name, r in lane.ratios.items()},
-        "outputs": [_output(o) for o in outputs],
+        "outputs": [_output(o) for o in lane.outputs.values()],
     }
 
 
-def _interval(value: Value) -> dict[str, Any]:
-    return {"low": value.low, "high": value.high, "n": value.n}
+def _interval(metric: Metric) -> dict[str, Any]:
+    return {"low": metric.low, "high": metric.high, "n": metric.n}
 
 
 def _output(output: Output) -> dict[str, Any]:

@@ -105,13 +105,13 @@ def lane_numbers(race: Race, lane: int) -> dict[str, Any]:
     """One lane in plain numbers: pipeline, status, metrics, sources, ratios."""
     entry = race.lanes[lane]
     pipeline = race.spec.lanes[lane] if race.spec and lane < len(race.spec.lanes) else Pipeline()
-    values = {name: value.value() for name, value in entry.values.items()}
+    metrics = {n: v for n in entry.sources if (v := entry.value(n)) is not None}
     return {
         "pipeline": pipeline.text(),
         "name": pipeline.name,
         "status": entry.status,
-        "metrics": {n: v for n, v in values.items() if v is not None},
-        "sources": {n: entry.values[n].source for n, v in values.items() if v is not None},
+        "metrics": metrics,
+        "sources": {n: entry.sources[n] for n in metrics},
         "ratios": {n: {"value": r.value, "low": r.low, "high": r.high, "n": r.n} for n, r in entry.ratios.items()},
         "flags": entry.flags,
     }

@@ -15,6 +15,7 @@ from studio_state import events as ev
 from studio_state.experiment import ExperimentSpec, WorkloadSpec
 from studio_state.metrics import METRICS
 from studio_state.pipeline import parse_pipeline
+from studio_state.results import results_of
 
 SPEC = ExperimentSpec(model="m", workload=WorkloadSpec(id="prompts"), lanes=(parse_pipeline("snapkv:keep=0.5"),))
 
@@ -62,9 +63,9 @@ def test_progress_and_time_left() -> None:
 def test_values_are_summarized_as_the_metric_says_until_the_final_one_comes() -> None:
     race = Race("x")
     race.feed(two_items())
-    assert race.lanes[1].values["decode_tokens_per_s"].value() == 30.0  # median of 20 and 40
+    assert race.lanes[1].value("decode_tokens_per_s") == 30.0  # median of 20 and 40
     race.feed([ev.Metric(experiment="x", seq=50, lane=1, name="decode_tokens_per_s", value=33.0)])
-    assert race.lanes[1].values["decode_tokens_per_s"].value() == 33.0
+    assert race.lanes[1].value("decode_tokens_per_s") == 33.0
 
 
 def test_a_race_that_nobody_runs_any_more_is_over() -> None:
@@ -73,6 +74,17 @@ def test_a_race_that_nobody_runs_any_more_is_over() -> None:
     race.interrupt()
     assert (race.status, race.over, race.ended_at) == ("interrupted", True, 113.0)
     assert race_view.head(race, 500.0)["text"] == "Interrupted"
+
+
+def test_a_race_says_what_a_lane_does_and_the_record_only_how_it_ended() -> None:
+    begun = numbered(ev.Submitted(spec=SPEC), ev.Started(), ev.LaneStarted(lane=0, order="baseline"))
+    race = Race()
+    race.feed(begun)
+    assert (race.experiment, [lane.status for lane in race.lanes]) == ("x", ["running", "waiting"])
+    end = ev.Cancelled(experiment="x", seq=9)
+    race.feed([end])
+    assert [lane.status for lane in race.lanes] == ["cancelled", "cancelled"]
+    assert [lane.status for lane in results_of([*begun, end]).lanes] == ["not finished", "not finished"]
 
 
 def stream(*pieces: tuple[tuple[int, ...], str], done: bool = True) -> Stream:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import exp, isfinite
-from statistics import fmean, median
+from statistics import fmean
 
 from studio_state.events import Event, Metric, Ratio
 from studio_state.metrics import METRICS
+from studio_state.results import summarize as one_number
 from studio_state.stats import mcnemar, paired_bootstrap, ratio_interval, wilson
 from workers.lanes import Lane, live
 from workers.workloads.base import Workload
 
 LIVE = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "score_tokens_per_s")  # ratios told while the race runs
-_REDUCE = {"median": median, "mean": fmean, "max": max, "sum": sum}
 
 
 def summarize(lanes: Sequence[Lane], workload: Workload, reference: int) -> Iterator[Event]:
@@ -21,10 +21,9 @@ def summarize(lanes: Sequence[Lane], workload: Workload, reference: int) -> Iter
     running = live(lanes)
     for lane in running:
         for name, samples in lane.samples.items():
-            how = METRICS[name].summary
-            if how in _REDUCE and name != "accuracy":
-                values = list(samples.values())
-                yield lane.whole(name, float(_REDUCE[how](values)), n=len(values))
+            value = one_number(name, samples.values())
+            if value is not None and METRICS[name].summary != "last" and name != "accuracy":
+                yield lane.whole(name, value, n=len(samples))
         judged = [g.correct for g in lane.grades if g.correct is not None]
         if judged:
             share = wilson(sum(judged), len(judged))
