@@ -11,6 +11,7 @@ Shapes: N output rows, K inputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from workers.session import Session
 
 
-class Replacement(nn.Module):
+class Replacement(nn.Module, ABC):
     """Base of what stands in for a linear map. All its tensors are buffers.
 
     Attributes:
@@ -52,9 +53,9 @@ class Replacement(nn.Module):
         """Bytes that no tensor of this module shows (weights packed inside a library's object)."""
         return 0
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """The weights it multiplies with, as float32 [N, K]."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its weights are")
 
     def lookup(self, dtype: torch.dtype) -> nn.Module | None:
         """A module that reads rows of the same stored table (for tied embeddings), or None if it cannot."""
@@ -76,9 +77,9 @@ class Replacement(nn.Module):
         return whole
 
     @classmethod
+    @abstractmethod
     def joined(cls, parts: Sequence[Any]) -> Replacement:
         """Parts of equal layout, concatenated by output rows."""
-        raise NotImplementedError(f"{cls.__name__} does not say how its parts are joined")
 
 
 class DenseLinear(Replacement):

@@ -11,6 +11,7 @@ Shapes: m input rows, N output rows, K inputs, g group, B rows of one packed blo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -50,17 +51,17 @@ class PackedLinear(Replacement):
         """Rows of this very table."""
         return Lookup(self, dtype)
 
+    @abstractmethod
     def kernel(self, x: Tensor) -> Tensor:
         """bfloat16 [m, K] -> bfloat16 [m, N], without bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
         """Up to ``STEP`` rows of the stored weights from ``start`` on: [n, K]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """Single rows of the stored weights, ids [n]: float32 [n, K]."""
-        raise NotImplementedError
 
 
 class Int8Linear(PackedLinear):
