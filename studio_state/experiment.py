@@ -149,6 +149,11 @@ class ModelInfo(BaseModel):
     dtype: str = ""
     note: str = ""
 
+    @property
+    def inspected(self) -> bool:
+        """Its config was read. Before that only what its zoo entry says is known: the family and some of the traits."""
+        return bool(self.architecture)
+
 
 class MemoryEstimate(BaseModel):
     """Bytes expected on the device, all *estimated*."""

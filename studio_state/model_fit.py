@@ -30,7 +30,7 @@ def model_misfits(card: Card, step: Step, model: ModelInfo) -> list[Misfit]:
     """Everything about a policy that does not fit the model: family, traits, then the knobs that the model bounds."""
     if model.family not in card.families:
         return [Misfit(f"{card.title} works on {', '.join(card.families)} models; {model.name} is of family {model.family}")]
-    missing = [t for t in card.traits if t not in model.traits]
+    missing = [t for t in card.traits if t not in model.traits] if model.inspected else []
     has = ", ".join(model.traits) or "none"
     out = [Misfit(f"{card.title} needs a model with the trait {t!r}; {model.name} has {has}") for t in missing]
     forbidden = [t for t in card.not_traits if t in model.traits]

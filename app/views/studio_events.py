@@ -114,9 +114,11 @@ class StudioEvents:
         return self.choose_workload(workload)[0]
 
     def setup(self, *state: Any) -> Any:
-        """What the editor checks its lanes against."""
+        """What the editor checks its lanes against; it checks anew when the worker has said what the model is."""
         on = OnPage(*[*state, []])
-        return gr.update(setup={k: v for k, v in on._asdict().items() if k != "lanes"})
+        known = self.ctx.models.known(on.model or "")
+        setup = {k: v for k, v in on._asdict().items() if k != "lanes"}
+        return gr.update(setup={**setup, "inspected": known is not None and known.inspected})
 
     def estimate(self, *state: Any) -> Data:
         """How long it will take."""

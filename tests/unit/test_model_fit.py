@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from app.models import zoo_info
 from studio_state.catalog import Catalog
 from studio_state.experiment import ExperimentSpec, ModelInfo, WorkloadSpec
 from studio_state.model_fit import candidates, nearest_number
@@ -67,6 +68,18 @@ def test_number_formats_and_devices_are_checked_before_loading(
     found = problems(spec, CATALOG, SMOLLM2.model_copy(update={"dtype": stored}))
     assert [message in p.message for p in found] == [True] * bool(message)
     assert [p.mend and (p.mend.action, p.mend.knob, p.mend.value) for p in found] == ([mend] if mend else [])
+
+
+def test_a_trait_is_missed_only_once_the_model_was_looked_at() -> None:
+    """Who takes an example and presses Run at once must not be refused for what the worker has not said yet."""
+    known = zoo_info("smollm2-135m")
+    assert known is not None
+    assert "lean-shape" not in known.traits
+    pipeline = parse_pipeline("lean-decode")
+    assert pipeline_problems(pipeline, CATALOG, known) == []
+    other = known.model_copy(update={"architecture": "GPT2LMHeadModel"})
+    [problem] = pipeline_problems(pipeline, CATALOG, other)
+    assert "needs a model with the trait 'lean-shape'" in problem.message
 
 
 def test_candidates_come_from_the_schema() -> None:
