@@ -29,6 +29,7 @@ class Bench(StrEnum):
     LEAN_DECODE = "lean-decode"
     DYNAMIC_INT8 = "dynamic-int8"
     INT4_LEAN = "int4-lean"
+    KERNELS = "kernels"
     SAME_LANE = "same-lane"
 
 

@@ -215,11 +215,11 @@ def _group_attention(
         window = None
     unmasked = t == 1 and window is None and (gapless or not group.padded)
     causal = gapless and s == t > 1 and window is None
-    # Grouped queries in one call, as the library does; for one token in bfloat16 the kernel reads each key G times.
+    # Grouped queries as the library calls them; for one token in bfloat16 packing is faster (`make bench`: kernels).
     grouped = causal or (unmasked and query.dtype == torch.float32 and query.device.type == "cpu")
     if forward.kernel == "sdpa" and softcap is None and grouped:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling, enable_gqa=hq != h)
-    packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows: keys are read once, not G times
+    packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows
     mask = None if unmasked else _mask(forward, group, positions, t, s, window, hq // h, query.device)
     if forward.kernel == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling).view(b, hq, t, -1)

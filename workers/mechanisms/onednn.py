@@ -2,7 +2,7 @@
 
 A product with one or a few rows reads every weight once and is bound by that. MKL, which ``F.linear`` calls in
 float32, does not reach the memory's speed on every processor; oneDNN, which is in the same build of PyTorch,
-comes nearer (``make bench``: lean-decode). The weights stay as they are, nothing is packed or copied. Sums are
+comes nearer (``make bench``: kernels). The weights stay as they are, nothing is packed or copied. Sums are
 ordered differently, so outputs are equal within rounding, not bit by bit.
 
 The operator is PyTorch's own for compiled graphs, without a public name: where a build lacks it, ``None`` says so.
