@@ -110,6 +110,10 @@ class Race(Results):
                 self.stream(event.item, event.lane).outcome, self.last_done_at = event, event.t
             case ev.Kept():
                 self.item(event.item).kept[event.lane] = event
+            case ev.Picture():
+                self.item(event.item).picture = event
+            case ev.ImageTokens():
+                self.item(event.item).image_tokens[event.lane] = event
             case ev.Note():
                 self.notes.append(event)
             case ev.Submitted():

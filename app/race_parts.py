@@ -37,6 +37,8 @@ class Item:
         pieces: the prompt, token by token.
         streams: lane -> what it made of the item.
         kept: lane -> which prompt tokens it kept.
+        picture: its image with the places of the image tokens, where it has one.
+        image_tokens: lane -> what it did with them.
     """
 
     id: str
@@ -45,3 +47,5 @@ class Item:
     pieces: list[str] = field(default_factory=list)
     streams: dict[int, Stream] = field(default_factory=dict)
     kept: dict[int, ev.Kept] = field(default_factory=dict)
+    picture: ev.Picture | None = None
+    image_tokens: dict[int, ev.ImageTokens] = field(default_factory=dict)

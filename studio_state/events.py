@@ -139,7 +139,11 @@ class Ratio(Event):
 
 
 class Output(Event):
-    """What an item ended in: its text, and whether it was right. ``data`` is workload-specific."""
+    """What an item ended in: its text, and whether it was right. ``data`` is workload-specific.
+
+    ``label``: ``text`` is the class named; ``data`` has the likeliest ``labels`` and their ``probabilities``.
+    ``image``: ``data`` has the ``image`` as a base64 PNG.
+    """
 
     event: Literal["output"] = "output"
     lane: int
@@ -164,6 +168,41 @@ class Kept(Event):
     item: str
     share: list[float]
     layers: list[str] = Field(default_factory=list)
+
+
+class Picture(Event):
+    """The image of an item, small enough to show, and where its image tokens lie. Told once an item.
+
+    ``data`` is a base64 JPEG or PNG; ``width`` and ``height`` are those of the image the user gave, upright.
+    ``boxes`` has one [left, top, right, bottom] per image token in ten-thousandths of the image, in the
+    order in which the model reads them; a token without a place (a line break between tiles) has [].
+    ``views`` says for each from which view it comes: 0 the whole image, 1.. its tiles.
+    """
+
+    event: Literal["picture"] = "picture"
+    item: str
+    mime: str = "image/jpeg"
+    data: str = ""
+    width: int = 0
+    height: int = 0
+    boxes: list[list[int]] = Field(default_factory=list)
+    views: list[int] = Field(default_factory=list)
+
+
+class ImageTokens(Event):
+    """What a lane did with the image tokens of an item, in the order of :class:`Picture`.
+
+    ``share``: how much of the model worked on the token (1 = all its layers, 0 = dropped before the first).
+    ``level``: the smallest ``keep`` at which this lane's policy would keep the token; empty if it has none.
+    ``group``: tokens with the same number were merged into one; empty if none were.
+    """
+
+    event: Literal["image_tokens"] = "image_tokens"
+    lane: int
+    item: str
+    share: list[float]
+    level: list[float] = Field(default_factory=list)
+    group: list[int] = Field(default_factory=list)
 
 
 class LaneFinished(Event):
@@ -219,7 +258,7 @@ class Unknown(Event):
 
 AnyEvent = Annotated[
     Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
-    | Kept | LaneFinished | Note | Finished | Failed | Cancelled,
+    | Kept | Picture | ImageTokens | LaneFinished | Note | Finished | Failed | Cancelled,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)

@@ -1,0 +1,184 @@
+"""Teaching a vision-language model the synthetic world: shared by the recipes of the two scene models.
+
+The questions of one scene stand behind its image in one sequence, and each sees the image and
+itself only (block mask, positions counted from the image's end): eight answers for one image.
+
+Shapes: B scenes, I image tokens, S sequence, P patches of a view (12 x 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from workers.workloads.scenes import KINDS, NAMES, Question, Scene, ask, make_scene
+
+PATCH, VIEW = 8, 96
+COVERED = 0.2  # share of a patch that an object must cover to name it
+VISIBLE = 0.3  # share of an object that must be in a view to count there
+BLIND = 0.06  # share of questions asked without the image, so that the model also knows how to answer blind
+EXTRA = ("shape-at", "count-of-shape", "relation")  # the hardest kinds are asked twice, in turn
+IGNORED = -100
+
+
+@dataclass
+class AskedBatch:
+    """Scenes with their questions, ready for the language model.
+
+    Attributes:
+        ids: [B, S]; the first I + 2 are ``<s> user <image> ...``.
+        positions: [B, S]; mask: [B, 1, S, S] additive; targets: [B, S], IGNORED off the answers.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    targets: Tensor
+
+
+def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """One question of each kind, and two more of the hardest kinds."""
+    extra = [EXTRA[i] for i in rng.permutation(len(EXTRA))[:2]]
+    return [ask(scene, kind, rng) for kind in (*KINDS, *extra)]  # type: ignore[arg-type]
+
+
+def asked(tokenizer: Any, image_token: int, image_tokens: int, rows: Sequence[list[Question]], rng: np.random.Generator) -> AskedBatch:
+    """Put the questions of each scene behind its image."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    prefix = [tokenizer.bos_token_id, vocabulary["user"], *[image_token] * image_tokens]
+    start = len(prefix)
+    bodies = []
+    for questions in rows:
+        blocks = []
+        for q in questions:
+            words = [vocabulary[w] for w in q.text.split()]
+            blocks.append(([*words, vocabulary["assistant"], vocabulary[q.answer], tokenizer.eos_token_id], len(words)))
+        bodies.append(blocks)
+    length = start + max(sum(len(b) for b, _ in blocks) for blocks in bodies)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORED)
+    block = np.full((len(rows), length), -2)  # -1 the image's part, -2 padding
+    blind = np.zeros((len(rows), length), dtype=bool)
+    ids[:, :start], positions[:, :start], block[:, :start] = prefix, np.arange(start), -1
+    for r, blocks in enumerate(bodies):
+        at = start
+        for n, (tokens, words) in enumerate(blocks):
+            end = at + len(tokens)
+            ids[r, at:end], block[r, at:end] = tokens, n
+            positions[r, at:end] = start + np.arange(len(tokens))
+            targets[r, at + words : end - 1] = tokens[words + 1 :]  # the answer and the end, each from the token before
+            blind[r, at:end] = rng.random() < BLIND
+            at = end
+    causal = np.tri(length, dtype=bool)[None]
+    to_prefix = (block == -1)[:, None, :]
+    hidden = to_prefix & (np.arange(length) >= 2)[None, None, :] & blind[:, :, None]
+    allowed = causal & ((block[:, :, None] == block[:, None, :]) | to_prefix) & ~hidden
+    mask = torch.where(torch.from_numpy(allowed)[:, None], 0.0, torch.finfo(torch.bfloat16).min)
+    return AskedBatch(torch.from_numpy(ids), torch.from_numpy(positions), mask, torch.from_numpy(targets))
+
+
+class Taught(nn.Module):
+    """The model and the heads that teach its vision tower what to see.
+
+    Without the loss on CLS, its attention would carry nothing, and methods that rank image
+    tokens by it (HiRED, VisionZip) could not work; the patch loss makes shapes quick to learn.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        width = model.config.vision_config.hidden_size
+        self.patch_head = nn.Linear(width, 1 + len(NAMES))
+        self.name_head = nn.Linear(width, len(NAMES))
+        self.count_head = nn.Linear(width, 7)
+
+    def seeing_loss(self, hidden: Sequence[Tensor], cls: Tensor, views: Views) -> Tensor:
+        """How well the tower names the object under each patch, and CLS all objects of the view.
+
+        Args:
+            hidden: the tower's hidden states, each [B, 1 + P, D]; cls: its pooled output [B, D].
+        """
+        features = hidden[self.model.config.vision_feature_layer][:, 1:]
+        patches = nn.functional.cross_entropy(self.patch_head(features).float().flatten(0, 1), views.patches.flatten())
+        names = nn.functional.binary_cross_entropy_with_logits(self.name_head(cls).float(), views.names)
+        counts = nn.functional.cross_entropy(self.count_head(cls).float(), views.counts)
+        return patches + names + 0.3 * counts
+
+    def answering_loss(self, batch: AskedBatch, pixels: Tensor, views: Views | None, **image: Any) -> Tensor:
+        """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget."""
+        caught: list[Any] = []
+        tower = self.model.model.vision_tower
+        handle = tower.register_forward_hook(lambda module, inputs, output: caught.append((output.hidden_states, output.pooler_output)))
+        try:
+            features = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **image).pooler_output
+        finally:
+            handle.remove()
+        embedded = self.model.get_input_embeddings()(batch.ids)
+        rows = torch.stack(list(features)).to(embedded.dtype)  # [B, I, D]
+        embedded = torch.cat([embedded[:, :2], rows, embedded[:, 2 + rows.shape[1] :]], 1)
+        out = self.model.model.language_model(
+            inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        told = batch.targets != IGNORED
+        loss = nn.functional.cross_entropy(self.model.lm_head(out[told]).float(), batch.targets[told])
+        return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
+
+
+@dataclass
+class Views:
+    """What the tower should see in each view [B]: patches [B, P] (0 = ground), names [B, 20], counts [B]."""
+
+    images: NDArray[np.uint8]  # [B, 96, 96, 3]
+    patches: Tensor
+    names: Tensor
+    counts: Tensor
+
+
+def views_of(scenes: Sequence[tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]]) -> Views:
+    """Labels of views (scene, image [96, 96, 3], masks [objects, 96, 96])."""
+    grid = VIEW // PATCH
+    patches = np.zeros((len(scenes), grid, grid), dtype=np.int64)
+    names = np.zeros((len(scenes), len(NAMES)), dtype=np.float32)
+    counts = np.zeros(len(scenes), dtype=np.int64)
+    for i, (scene, _, masks) in enumerate(scenes):
+        cover = masks.reshape(len(masks), grid, PATCH, grid, PATCH).mean((2, 4))
+        full = masks.sum((1, 2))
+        for thing, share, area in zip(scene.things, cover, full, strict=True):
+            patches[i][share >= COVERED] = 1 + NAMES.index(thing.name)
+            extent = area / (thing.radius**2 * 1.5)
+            if extent >= VISIBLE:
+                names[i, NAMES.index(thing.name)] = 1
+                counts[i] += 1
+    images = np.stack([image for _, image, _ in scenes])
+    return Views(images, torch.from_numpy(patches.reshape(len(scenes), -1)), torch.from_numpy(names), torch.from_numpy(counts))
+
+
+def whole(scene: Scene) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
+    """The view of a whole 96-pixel scene."""
+    return scene, np.asarray(scene.image), scene.masks
+
+
+def tile(scene: Scene, x: int, y: int) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
+    """A 96-pixel cut of a larger scene."""
+    image, masks = np.asarray(scene.image), scene.masks
+    return scene, image[y : y + VIEW, x : x + VIEW], masks[:, y : y + VIEW, x : x + VIEW]
+
+
+def mixed_view(rng: np.random.Generator) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
+    """A small scene, or a cut of a large one, as the tiled model sees them."""
+    if rng.random() < 0.7:
+        return whole(make_scene(rng))
+    x, y = (int(v) for v in rng.integers(0, VIEW + 1, 2))
+    return tile(make_scene(rng, 2 * VIEW), x, y)
+
+
+def normalized(images: NDArray[np.uint8]) -> Tensor:
+    """Bytes [B, 96, 96, 3] as the tower's input [B, 3, 96, 96], from -1 to 1."""
+    return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -1,0 +1,148 @@
+"""Base class of recipes: methods that train something small and hand over a checkpoint.
+
+One file a recipe under ``workers/recipes``; its fields are the knobs, ``card`` describes it,
+``train`` does the work. The checkpoint is a plain folder of the library, with a model card.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from studio_state.catalog import Card
+from studio_state.errors import SpecError
+from workers.cards import Declared
+from workers.mechanisms.training import TrainingRun
+
+FACTS = "training.json"
+
+
+class Trained(BaseModel):
+    """What a recipe hands over beside the weights; kept as ``training.json``.
+
+    Attributes:
+        scores: metric -> value on data that the training never saw.
+        examples: how many of them.
+        seconds: training time on this machine, by phase.
+        data: what it was trained on, and its licence.
+    """
+
+    recipe: str
+    title: str
+    architecture: str
+    parameters: int
+    knobs: dict[str, Any]
+    seed: int
+    steps: dict[str, int]
+    seconds: dict[str, float]
+    threads: int
+    scores: dict[str, float]
+    examples: int
+    data: str
+    licence: str
+    limits: str
+
+
+class Recipe(Declared):
+    """Trains something small.
+
+    Subclasses set ``card`` (kind ``recipe``), declare knobs as fields and write ``train``.
+    """
+
+    card: ClassVar[Card]
+
+    def train(self, run: TrainingRun) -> Trained:
+        """Train, save the checkpoint into ``run.out``, and say what it scored.
+
+        Raises:
+            Cancelled: the person asked to stop; the same call goes on from there.
+            StudioError: the data is not there.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls) -> Card:
+        """The card completed with summary, docstring and knob schema from the class."""
+        import inspect
+
+        return cls.card.model_copy(
+            update={"summary": cls.summary_line(), "doc": inspect.getdoc(cls) or "", "knobs": cls.knob_schema()}
+        )
+
+
+@cache
+def recipes() -> dict[str, type[Recipe]]:
+    """Recipe id -> class."""
+    from workers.methods import classes_in
+
+    return {cls.card.id: cls for cls in classes_in("workers.recipes", Recipe)}
+
+
+def make_recipe(name: str, knobs: dict[str, Any]) -> Recipe:
+    """A recipe with its knobs.
+
+    Raises:
+        SpecError: unknown recipe or knob, or a knob out of range.
+    """
+    known = recipes()
+    if name not in known:
+        raise SpecError(f"there is no recipe {name!r}; allowed: {', '.join(known)}")
+    try:
+        return known[name].model_validate(knobs)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise SpecError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+
+def hand_over(run: TrainingRun, recipe: Recipe, model: Any, **facts: Any) -> Trained:
+    """Save a trained model in half precision with its card.
+
+    Args:
+        model: of the library; saved as bfloat16 safetensors.
+        facts: the other fields of :class:`Trained`.
+    """
+    model.to(torch.bfloat16).save_pretrained(run.out)
+    trained = Trained(
+        recipe=recipe.card.id,
+        title=recipe.card.title,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        knobs=recipe.model_dump(),
+        seed=run.seed,
+        seconds={k: round(v, 1) for k, v in run.seconds.items()},
+        threads=torch.get_num_threads(),
+        **facts,
+    )
+    (run.out / FACTS).write_text(trained.model_dump_json(indent=2) + "\n")
+    (run.out / "README.md").write_text(model_card(trained))
+    return trained
+
+
+def model_card(trained: Trained) -> str:
+    """The facts in words, as a model card."""
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.scores.items())
+    phases = ", ".join(f"{n} {s:.0f} s ({trained.steps.get(n, 0)} steps)" for n, s in trained.seconds.items())
+    knobs = " ".join(f"--knob {k}={json.dumps(v)}" for k, v in trained.knobs.items())
+    return f"""---
+license: {trained.licence.lower()}
+library_name: transformers
+---
+# {trained.title}
+
+`{trained.architecture}`, {trained.parameters:,} parameters, bfloat16. Trained from nothing by Pareto Studio.
+
+* **Data:** {trained.data}
+* **Training:** {phases}, on {trained.threads} CPU thread{"s" if trained.threads > 1 else ""}, seed {trained.seed}.
+* **Made again by:** `pareto-studio train {trained.recipe} --out DIR --seed {trained.seed} {knobs}`
+* **Limits:** {trained.limits}
+
+Measured on {trained.examples:,} examples that the training never saw:
+
+| metric | value |
+|---|---|
+{scores}
+"""
