@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from studio_state.catalog import Card
 from studio_state.errors import SpecError
 from workers.cards import Declared
-from workers.mechanisms.training import TrainingRun
+from workers.training.loop import TrainingRun
 
 FACTS = "training.json"
 

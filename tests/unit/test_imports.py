@@ -21,6 +21,8 @@ WALLS = {
     "workers/mechanisms": ("workers.policies", "workers.engine", "workers.serve", "workers.workloads"),
     "workers/families": ("workers.policies", "workers.engine", "workers.serve", "workers.workloads"),
     "workers/models": ("workers.policies", "workers.engine", "workers.serve", "workers.workloads"),
+    "workers/data": ("workers.policies", "workers.engine", "workers.serve", "workers.workloads", "workers.recipes", "torch"),
+    "workers/training": ("workers.policies", "workers.engine", "workers.serve", "workers.workloads", "workers.recipes"),
     "workers/workloads": ("workers.policies", "workers.engine", "workers.serve"),
     "workers/policies": ("workers.engine", "workers.serve", "workers.workloads", "workers.meters"),
     "app/components": ("app.views", "app.server", "app.dispatch", "app.cli"),

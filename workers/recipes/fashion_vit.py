@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.mechanisms.training import Schedule, TrainingRun, fit
+from workers.training.loop import Schedule, TrainingRun, fit
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
-from workers.workloads.fashion import CLASSES, read_split, held_out
+from workers.data.fashion import CLASSES, read_split, held_out
 
 SHIFT = 2  # pixels an image is moved by at most, each way
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.mechanisms.scene_scoring import score_scenes
-from workers.mechanisms.scene_training import PATCH, VIEW, Taught, asked, mixed_view, normalized, questions_of, views_of, whole
-from workers.mechanisms.training import Schedule, TrainingRun, fit
-from workers.mechanisms.word_tokenizer import IMAGE, word_tokenizer
+from workers.training.scene_scores import score_scenes
+from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, mixed_view, normalized, questions_of, views_of, whole
+from workers.training.loop import Schedule, TrainingRun, fit
+from workers.training.word_tokenizer import IMAGE, word_tokenizer
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
-from workers.workloads.scenes import WORDS, make_scene
+from workers.data.scenes import WORDS, make_scene
 
 TOKENS = (VIEW // PATCH) ** 2
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.workloads.scenes import KINDS, Question, Scene, ask, make_scene
+from workers.data.scenes import KINDS, Question, Scene, ask, make_scene
 
 HELD_OUT_SEED = 20_250_101  # no training seed draws these scenes
 SCENES = 300

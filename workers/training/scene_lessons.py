@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from workers.workloads.scenes import KINDS, NAMES, Question, Scene, ask, make_scene
+from workers.data.scenes import KINDS, NAMES, Question, Scene, ask, make_scene
 
 PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it

@@ -1,0 +1,1 @@
+"""Known data: what workloads ask about and recipes train on."""

@@ -1,0 +1,1 @@
+"""What recipes share: the training loop, the lessons of the scene models, a tokenizer of words."""
