@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli_train import train
 from studio_state.errors import SpecError
 
 cli = typer.Typer(
@@ -253,15 +254,8 @@ def workloads(as_json: JsonFlag = False) -> None:
 
 
 @cli.command()
-def models(as_json: JsonFlag = False) -> None:
-    """List the models of the zoo (the same as `zoo list`)."""
-    from app.cli_lists import show_models
-
-    show_models(as_json)
-
-
 @zoo_commands.command("list")
-def zoo_list(as_json: JsonFlag = False) -> None:
+def models(as_json: JsonFlag = False) -> None:
     """List the models of the zoo: source, licence, size, and whether they are here already."""
     from app.cli_lists import show_models
 
@@ -274,6 +268,9 @@ def zoo_fetch(model: Annotated[str, typer.Argument(help="Id of the model; see `z
     from app.cli_fetch import fetch
 
     fetch(model)
+
+
+cli.command()(train)
 
 
 @cli.command()

@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from studio_state.catalog import Catalog
+from studio_state.catalog import Card, Catalog
 from studio_state.errors import SpecError
 from studio_state.experiment import MAX_LANES, ExperimentSpec
 from studio_state.pipeline import Pipeline, parse_pipeline, scalar, split_outside_quotes, sweep
-from studio_state.problems import Problem, problems
+from studio_state.problems import Problem, nearest, problems, schema_problems
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str], option: str = "--set", example: str = "items=20") -> dict[str, Any]:
     """``--set items=20`` -> ``{"items": 20}``.
 
     Raises:
@@ -24,7 +24,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, sign, value = setting.partition("=")
         if not sign or not name.strip():
-            raise SpecError(f"cannot read --set {setting!r}: write name=value, for example --set items=20")
+            raise SpecError(f"cannot read {option} {setting!r}: write name=value, for example {option} {example}")
         found[name.strip()] = scalar(value)
     return found
 
@@ -97,6 +97,22 @@ def _sentence(error: Mapping[str, Any]) -> Problem:
         return Problem(message=message)
     given = "" if isinstance(error["input"], dict) else f" {error['input']!r}"
     return Problem(message=f"--{name}{given} is not allowed: {message[:1].lower()}{message[1:]}", knob=name)
+
+
+def recipe_request(recipe: str, knobs: Sequence[str], catalog: Catalog) -> tuple[Card, dict[str, Any]]:
+    """The card of a recipe, and its knobs as values.
+
+    Raises:
+        SpecError: there is no such recipe, or the knobs that cannot be read or are not allowed.
+    """
+    card = next((c for c in catalog.recipes if c.id == recipe), None)
+    if card is None:
+        ids = [c.id for c in catalog.recipes]
+        raise SpecError(f"there is no recipe {recipe!r}; {nearest(recipe, ids)}allowed: {', '.join(ids)}")
+    values = parse_settings(knobs, "--knob", "steps=1000")
+    if found := schema_problems(values, card.knobs, card.id):
+        raise SpecError([Problem(message=message, knob=name or None) for name, message in found])
+    return card, values
 
 
 def check(spec: ExperimentSpec, catalog: Catalog) -> None:

@@ -119,7 +119,12 @@ def path_problems(model: str, options: Mapping[str, Any], workload: str, catalog
     card = catalog.workload_by_id.get(workload)
     for name, value in options.items():
         prop = (card.options if card else {}).get("properties", {}).get(name, {})
-        if value and (name == "file" or name.endswith("_file") or prop.get("format") in ("path", "file-path", "directory-path")):
+        named = value in prop.get("examples", ())  # a word for data of the studio's own
+        if (
+            value
+            and not named
+            and (name == "file" or name.endswith("_file") or prop.get("format") in ("path", "file-path", "directory-path"))
+        ):
             found.append(
                 Problem(
                     message=f"files of the host cannot be opened here; leave {name} empty, or give the text itself", knob=name

@@ -91,6 +91,10 @@ def _value(value: Any) -> str:
 
 
 def _facts(card: Card, catalog: Catalog) -> Iterator[tuple[str, str]]:
+    if card.kind == "recipe":
+        yield "Makes", ", ".join(card.families) + " models: a checkpoint with its model card"
+        yield "Command", f"pareto-studio train {card.id} --out DIR"
+        return
     yield "Works on", ", ".join(card.families) + " models" + (f" with {', '.join(card.traits)}" if card.traits else "")
     yield "Not on", ", ".join(card.not_traits)
     workloads = [catalog.workload_by_id[w].title for w in card.workloads if w in catalog.workload_by_id]
@@ -122,8 +126,8 @@ def conflicts(card: Card, catalog: Catalog) -> list[dict[str, str]]:
     if card.kind != "policy":
         return []
     found = []
-    for other in catalog.methods:
-        if other.kind != "policy" or other.id == card.id:
+    for other in catalog.policies:
+        if other.id == card.id:
             continue
         tried = [
             (mine, theirs, _clash(card, mine, other, theirs, catalog)) for mine in variants(card) for theirs in variants(other)
@@ -180,6 +184,12 @@ def runs_of(history: History, policy: str) -> dict[str, Any]:
         f"{failed} that did not finish" if failed else "",
     ]  # fmt: skip
     return {"rows": rows, "summary": "; ".join(filter(None, counts)) + "." if rows else ""}
+
+
+def no_runs(card: Card) -> dict[str, Any]:
+    """In the place of :func:`runs_of` for what no lane can hold."""
+    how = f"it trains a model: pareto-studio train {card.id} --out DIR, then run it with --model DIR"
+    return {"rows": [], "summary": f"A {card.kind} stands in no lane" + (f"; {how}." if card.kind == "recipe" else ".")}
 
 
 def run_row(run: Run) -> dict[str, Any]:

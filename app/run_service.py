@@ -41,9 +41,7 @@ def fits(ctx: Context, model: str, workload: str, device: str) -> dict[str, str]
     """Policy id -> why it does not fit this model, workload or device whatever its knobs."""
     info, unavailable = ctx.models.known(model or ""), ctx.unavailable(device)
     reasons: dict[str, str] = {}
-    for card in ctx.catalog.methods:
-        if card.kind != "policy":
-            continue
+    for card in ctx.catalog.policies:
         found = pipeline_problems(
             Pipeline(steps=(Step(policy=card.id),)), ctx.catalog, info, workload or None, device, unavailable
         )

@@ -29,7 +29,7 @@ from studio_state.zoo import find as find_in_zoo
 
 MAIN = "workers.standalone"
 ROOMS = ("workers", "studio_state")
-LEFT_OUT = ("workers.workloads.registry",)  # lists workloads for the catalogue; a script has none
+LEFT_OUT = ("workers.workloads.registry", "workers.recipe")  # listed for the catalogue; a script has none
 
 HEADER = '''\
 #!/usr/bin/env python3

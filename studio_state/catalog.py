@@ -139,6 +139,16 @@ class Catalog(BaseModel):
         return {c.id: c for c in self.methods}
 
     @cached_property
+    def policies(self) -> list[Card]:
+        """The methods that stand in pipelines."""
+        return [c for c in self.methods if c.kind == "policy"]
+
+    @cached_property
+    def recipes(self) -> list[Card]:
+        """The methods that train something small and hand over a checkpoint."""
+        return [c for c in self.methods if c.kind == "recipe"]
+
+    @cached_property
     def workload_by_id(self) -> dict[str, WorkloadCard]:
         """Workload id -> card."""
         return {c.id: c for c in self.workloads}

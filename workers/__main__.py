@@ -1,4 +1,4 @@
-"""The worker process: ``python -m workers describe | run | serve | fetch``.
+"""The worker process: ``python -m workers describe | run | serve | fetch | train``.
 
 Events go out as JSON lines on the real stdout, which is duplicated first; file descriptor 1 then
 points at stderr, so no library's print can corrupt the stream.
@@ -62,6 +62,15 @@ def fetch(model: str) -> None:
     from workers.serve import fetch_model
 
     raise typer.Exit(fetch_model(model, out))
+
+
+@app.command()
+def train(request: str = typer.Argument(help="what to train, as JSON; see workers/train.py")) -> None:
+    """Train a recipe, telling progress as JSON lines; stops when standard input is closed."""
+    out = event_stream()
+    from workers.train import train_once
+
+    raise typer.Exit(train_once(request, out, stdin=0))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
-def knob(default: Any, *, help: str, fits: str | None = None, **bounds: Any) -> Any:
+def knob(default: Any, *, help: str, fits: str | None = None, format: str | None = None, **bounds: Any) -> Any:
     """A bounded parameter.
 
     Args:
@@ -17,10 +17,11 @@ def knob(default: Any, *, help: str, fits: str | None = None, **bounds: Any) -> 
         help: what it does and which way it moves things.
         fits: what of the model bounds it: ``layers`` (an index), ``divides-widths``,
             ``divides-head``, ``context``. Checked before weights load.
+        format: ``path`` = it may name a file or folder of this machine, which not every visitor may open.
         bounds: pydantic's ``ge``, ``le``, ``gt``, ``lt``, ``multiple_of``, ``max_length``.
     """
-    extra = {"fits": fits} if fits else None
-    field: FieldInfo = Field(default, description=help, json_schema_extra=extra, **bounds)
+    extra: dict[str, Any] = {name: value for name, value in (("fits", fits), ("format", format)) if value}
+    field: FieldInfo = Field(default, description=help, json_schema_extra=extra or None, **bounds)
     return field
 
 

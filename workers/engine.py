@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from studio_state.errors import SpecError, StudioError
 from studio_state.events import (
@@ -130,7 +131,7 @@ def _race(
         together: interleave the lanes; None = where they fit into memory at the same time.
     """
     workload = make_workload(spec.workload)
-    items = workload.make_items(ItemContext(session.processor, spec.seed, session.info.context))
+    items = workload.make_items(ItemContext(session.processor, spec.seed, session.info.context, labels_of(session.model)))
     batches = list(batched(items, spec.batch))
     race = Race(session, workload, [Lane(i, p, session) for i, p in enumerate(spec.lanes)])
     for lane, takes_part in zip(race.lanes, running, strict=True):
@@ -147,10 +148,17 @@ def _race(
             )
     for block in [lanes] if together else [[lane] for lane in lanes]:
         with session.closing(), race.block(block, together):
-            yield from race.prepare(load_seconds)
+            yield from race.prepare(load_seconds, items[0])
             yield from race.run(batches)
             yield from race.measure_memory(batches)
     yield from race.finish()
+
+
+def labels_of(model: Any) -> tuple[str, ...]:
+    """Names of the classes of a classifier; empty for other models."""
+    if "ImageClassification" not in type(model).__name__:
+        return ()
+    return tuple(str(name) for _, name in sorted(model.config.id2label.items()))
 
 
 class Progress:
@@ -167,10 +175,10 @@ class Progress:
 
 
 def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Items in batches of one task; likelihood tasks always run one by one."""
+    """Items in batches of one task; likelihood tasks run one by one."""
     run: list[Item] = []
     for item in items:
-        if run and (len(run) >= size or item.task != run[0].task or item.task != "generate"):
+        if run and (len(run) >= size or item.task != run[0].task or item.task not in ("generate", "classify")):
             yield run
             run = []
         run.append(item)

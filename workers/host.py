@@ -15,16 +15,18 @@ from studio_state.errors import Unavailable
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.families.base import Family
 from workers.families.llm import LanguageFamily
+from workers.families.vit import VisionFamily
+from workers.families.vlm import VisionLanguageFamily
 from workers.mechanisms.attention import NAME as ATTENTION
 from workers.mechanisms.linear import Places
 from workers.methods import Policy, discover
 from workers.models.info import model_info
 from workers.models.lazy_load import load_compressed
-from workers.models.load import load_llm, load_tokenizer, torch_dtype
+from workers.models.load import load_inputs, load_model, torch_dtype
 from workers.models.resolve import Resolved, resolve
 from workers.session import Session
 
-FAMILIES: dict[str, type[Any]] = {"llm": LanguageFamily}
+FAMILIES: dict[str, type[Any]] = {"llm": LanguageFamily, "vlm": VisionLanguageFamily, "vit": VisionFamily}
 Progress = Callable[[str, float | None], None]
 
 
@@ -33,7 +35,7 @@ class ModelHost:
 
     def __init__(self) -> None:
         self.key: tuple[Any, ...] | None = None
-        self.loaded: tuple[Any, Any] | None = None
+        self.loaded: tuple[Any, Any, Any] | None = None
         self.resolved: Resolved | None = None
 
     def use_threads(self, threads: int | None) -> None:
@@ -73,7 +75,7 @@ class ModelHost:
         if key != self.key or self.loaded is None:
             self.unload()
             _family(info)
-            self.loaded = load_llm(resolved, dtype, str(device), ATTENTION)
+            self.loaded = load_model(resolved, dtype, str(device), ATTENTION)
             self.key, seconds = key, time.perf_counter() - start
         return self._session(spec, info, device, dtype, *self.loaded), seconds
 
@@ -93,7 +95,7 @@ class ModelHost:
         model, places = load_compressed(
             resolved, altering, _family(info), dtype, device, ATTENTION, lambda phase, done, text: progress(text or phase, done)
         )
-        session = self._session(spec, info, device, dtype, model, load_tokenizer(resolved))
+        session = self._session(spec, info, device, dtype, model, *load_inputs(resolved, info.family))
         session.built[Places] = places
         return session, time.perf_counter() - start
 
@@ -103,9 +105,25 @@ class ModelHost:
         return self.resolved
 
     def _session(
-        self, spec: ExperimentSpec, info: ModelInfo, device: torch.device, dtype: torch.dtype, model: Any, processor: Any
+        self,
+        spec: ExperimentSpec,
+        info: ModelInfo,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: Any,
+        processor: Any,
+        images: Any = None,
     ) -> Session:
-        return Session(spec=spec, info=info, family=_family(info), model=model, processor=processor, device=device, dtype=dtype)
+        return Session(
+            spec=spec,
+            info=info,
+            family=_family(info),
+            model=model,
+            processor=processor,
+            images=images,
+            device=device,
+            dtype=dtype,
+        )
 
     def unload(self) -> bool:
         """Let the model go and give its memory back; False if there was none."""

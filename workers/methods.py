@@ -104,6 +104,20 @@ def classes_in(package: str, base: type) -> list[type]:
     return found
 
 
+def unique(classes: Iterable[Any]) -> dict[str, Any]:
+    """Id on the card -> class.
+
+    Raises:
+        RuntimeError: two files declare the same id.
+    """
+    found: dict[str, Any] = {}
+    for cls in classes:
+        if cls.card.id in found:
+            raise RuntimeError(f"{cls.__module__} and {found[cls.card.id].__module__} both declare {cls.card.id!r}")
+        found[cls.card.id] = cls
+    return found
+
+
 @cache
 def discover() -> dict[str, type[Policy]]:
     """Policy id -> class.
@@ -111,20 +125,21 @@ def discover() -> dict[str, type[Policy]]:
     Raises:
         RuntimeError: two files declare the same id.
     """
-    found: dict[str, type[Policy]] = {}
-    for cls in classes_in("workers.policies", Policy):
-        if cls.card.id in found:
-            raise RuntimeError(f"{cls.__module__} and {found[cls.card.id].__module__} both declare {cls.card.id!r}")
-        found[cls.card.id] = cls
-    return found
+    return unique(classes_in("workers.policies", Policy))
 
 
 def catalogue() -> Catalog:
-    """All cards, as ``describe`` prints them."""
+    """All cards, as ``describe`` prints them: policies in the order of their stages, then recipes.
+
+    Raises:
+        RuntimeError: two files declare the same id.
+    """
+    from workers.recipe import recipes
     from workers.workloads.registry import workload_classes
 
     order = {s: i for i, s in enumerate(STAGES)}
-    methods = sorted((c.describe() for c in discover().values()), key=lambda c: (order.get(c.stage or "", 99), c.id))
+    classes = unique([*discover().values(), *recipes().values()])
+    methods = sorted((c.describe() for c in classes.values()), key=lambda c: (order.get(c.stage or "", 99), c.id))
     return Catalog(methods=methods, workloads=[w.describe() for w in workload_classes().values()])
 
 

@@ -18,12 +18,12 @@ from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import so_far, summarize
 from workers.session import Cancelled, Session
-from workers.telling import Teller, batch_key, first_difference, kept_event
+from workers.telling import Teller, batch_key, first_difference, image_tokens_event, kept_event, picture_event
 from workers.workloads.base import Item, Workload
 
+OUTPUTS = {"generate": "text", "score": "score", "choose": "choice", "classify": "label"}  # task -> kind of output
 WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many
 WARMUP_SECONDS = 10.0
-WARMUP_TOKENS = (32, 8)  # prompt and new tokens of a warm-up run
 MEMORY_NEW_TOKENS = 8  # new tokens in the untimed memory pass
 
 
@@ -57,8 +57,12 @@ class Race:
             self.current = self.lanes
 
     # -- before ----------------------------------------------------------------------------
-    def prepare(self, load_seconds: float) -> Iterator[Event]:
-        """Build what the lanes need and warm them up."""
+    def prepare(self, load_seconds: float, first: Item) -> Iterator[Event]:
+        """Build what the lanes need and warm them up.
+
+        Args:
+            first: the item that comes first.
+        """
         for lane in self.live():
             yield LaneStarted(lane=lane.index, order=lane.order, interleaved=lane.interleaved)
             yield Phase(name="build", lane=lane.index)
@@ -80,7 +84,7 @@ class Race:
             start = self.session.clock()
             try:
                 with lane.attached():
-                    self._warm_up()
+                    self._warm_up(first)
             except Cancelled:
                 raise
             except Exception as e:
@@ -89,27 +93,19 @@ class Race:
             lane.acted.clear()
             yield lane.whole("warmup_s", self.session.clock() - start)
 
-    def _warm_up(self) -> None:
-        prompt, new = WARMUP_TOKENS
-        vocabulary = max(2, self.session.info.vocab or 2)
-        ids = tuple((7 * i + 11) % vocabulary for i in range(prompt))
-        item = Item(id="warmup", prompt_ids=ids, max_new_tokens=new, ignore_eos=True)
+    def _warm_up(self, first: Item) -> None:
+        family = self.session.family
+        item = family.warm_up_item(self.session, first)
         began, before = time.perf_counter(), 0.0
-        with self.session.having(spec=self.session.spec.model_copy(update={"max_new_tokens": new, "chunk_size": None})):
-            self._try_out(item)
+        spec = self.session.spec.model_copy(update={"max_new_tokens": item.max_new_tokens, "chunk_size": None})
+        with self.session.having(spec=spec):
+            require_numbers(family.probe(self.session, item))
             for _ in range(WARMUP_RUNS):
-                trace = self.session.family.begin(self.session, [item])
-                seconds = sum(step.seconds for step in self.session.family.run(self.session, trace))
+                trace = family.begin(self.session, [item])
+                seconds = sum(step.seconds for step in family.run(self.session, trace))
                 if abs(seconds - before) < 0.05 * seconds or time.perf_counter() - began > WARMUP_SECONDS:
                     return
                 before = seconds
-
-    def _try_out(self, item: Item) -> None:
-        """Look at a few distributions before anything is timed or shown."""
-        family = self.session.family
-        given = family.begin(self.session, [item])
-        given.results[0].token_ids = list(item.prompt_ids[: item.max_new_tokens])
-        require_numbers(family.follow(self.session, given.items, given))
 
     # -- the items -------------------------------------------------------------------------
     def run(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
@@ -145,6 +141,9 @@ class Race:
             for row, item in enumerate(batch):
                 first = item.id not in self.shown
                 self.shown.add(item.id)
+                image = trace.images[row] if row < len(trace.images) else None
+                if first and image is not None:
+                    yield picture_event(item.id, image)
                 prompt, pieces = (trace.prompts[row], trace.pieces[row]) if first else ("", [])
                 yield ItemStarted(lane=lane.index, item=item.id, index=number, of=of, repeat=repeat, prompt=prompt, pieces=pieces)
             teller = Teller(lane.index, batch, repeat)
@@ -167,7 +166,7 @@ class Race:
             lane.grades.append(grade)
             for name, value in grade.metrics.items():
                 yield lane.sample(name, value, result.item.id)
-            kind = {"generate": "text", "score": "score", "choose": "choice"}[result.item.task]
+            kind = "image" if "image" in result.data else OUTPUTS[result.item.task]
             yield Output(
                 lane=lane.index,
                 item=result.item.id,
@@ -175,9 +174,11 @@ class Race:
                 text=grade.text or result.text,
                 expected=result.item.expected,
                 correct=grade.correct,
-                data={**grade.data, "token_ids": result.token_ids},
+                data={**grade.data, **result.data, **({"token_ids": result.token_ids} if result.token_ids else {})},
             )
-            if any(min(layer, default=1.0) < 1 for layer in trace.kept[row]):
+            if row < len(trace.seen) and trace.seen[row].layout is not None:
+                yield image_tokens_event(lane.index, result.item.id, trace.seen[row])
+            if row < len(trace.kept) and any(min(layer, default=1.0) < 1 for layer in trace.kept[row]):
                 yield kept_event(lane.index, result.item.id, trace.kept[row])
 
     # -- quality ---------------------------------------------------------------------------

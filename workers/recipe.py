@@ -7,6 +7,7 @@ One file a recipe under ``workers/recipes``; its fields are the knobs, ``card`` 
 from __future__ import annotations
 
 import json
+import shlex
 from functools import cache
 from typing import Any, ClassVar
 
@@ -76,10 +77,14 @@ class Recipe(Declared):
 
 @cache
 def recipes() -> dict[str, type[Recipe]]:
-    """Recipe id -> class."""
-    from workers.methods import classes_in
+    """Recipe id -> class.
 
-    return {cls.card.id: cls for cls in classes_in("workers.recipes", Recipe)}
+    Raises:
+        RuntimeError: two files declare the same id.
+    """
+    from workers.methods import classes_in, unique
+
+    return unique(classes_in("workers.recipes", Recipe))
 
 
 def make_recipe(name: str, knobs: dict[str, Any]) -> Recipe:
@@ -126,7 +131,6 @@ def model_card(trained: Trained) -> str:
     """The facts in words, as a model card."""
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.scores.items())
     phases = ", ".join(f"{n} {s:.0f} s ({trained.steps.get(n, 0)} steps)" for n, s in trained.seconds.items())
-    knobs = " ".join(f"--knob {k}={json.dumps(v)}" for k, v in trained.knobs.items())
     return f"""---
 license: {trained.licence.lower()}
 library_name: transformers
@@ -137,7 +141,7 @@ library_name: transformers
 
 * **Data:** {trained.data}
 * **Training:** {phases}, on {trained.threads} CPU thread{"s" if trained.threads > 1 else ""}, seed {trained.seed}.
-* **Made again by:** `pareto-studio train {trained.recipe} --out DIR --seed {trained.seed} {knobs}`
+* **Made again by:** `{command(trained)}`
 * **Limits:** {trained.limits}
 
 Measured on {trained.examples:,} examples that the training never saw:
@@ -146,3 +150,25 @@ Measured on {trained.examples:,} examples that the training never saw:
 |---|---|
 {scores}
 """
+
+
+def command(trained: Trained) -> str:
+    """The command that trains the same again: knobs that are not at their default, without the place of the data."""
+    defaults = recipes()[trained.recipe].model_fields
+    changed = {k: v for k, v in trained.knobs.items() if k != "data" and v != defaults[k].default}
+    values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in changed.items()}
+    knobs = [word for k, v in values.items() for word in ("--knob", f"{k}={v}")]
+    return shlex.join(
+        [
+            "pareto-studio",
+            "train",
+            trained.recipe,
+            "--out",
+            "DIR",
+            "--seed",
+            str(trained.seed),
+            "--threads",
+            str(trained.threads),
+            *knobs,
+        ]
+    )

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.vision_attention import VisionCall
 
 if TYPE_CHECKING:
     from workers.families.base import Family
+    from workers.mechanisms.visual_tokens import ImageRecord, Selector
 
 Observer = Callable[[AttentionCall], None]
 CacheHook = Callable[[StudioCache, Forward], None]
@@ -44,6 +46,10 @@ class Session:
         step_forward: replaces the library's forward for decode steps: (ids [B, T], forward) -> logits [B, T, V].
         decoder: owns the decode loop; None = one token a step.
         before_decode: called with the cache and the number of tokens to come, before the first decode step.
+        images: turns images (and the text around them) into what a model that sees is given; None for the others.
+        vision_observers: called after every attention call of a vision encoder.
+        selectors: choose the image tokens that enter the language model, one after the other.
+        seen: per row of the running batch what became of its image tokens.
         retain_queries: how many newest queries each layer remembers across prefill chunks.
         built: what alters_weights policies built, by key; lives as long as the experiment.
         acted: policy id -> how much it did in this lane.
@@ -58,6 +64,7 @@ class Session:
     processor: Any
     device: torch.device
     dtype: torch.dtype
+    images: Any = None
     observers: list[Observer] = field(default_factory=list)
     after_prefill: list[CacheHook] = field(default_factory=list)
     storage: list[CacheHook] = field(default_factory=list)
@@ -66,6 +73,9 @@ class Session:
     before_decode: list[Callable[[StudioCache, int], None]] = field(default_factory=list)
     decoder: Decoder | None = None
     retain_queries: int = 0
+    vision_observers: list[Callable[[VisionCall], None]] = field(default_factory=list)
+    selectors: list[Selector] = field(default_factory=list)
+    seen: list[ImageRecord] = field(default_factory=list)
     built: dict[Hashable, Any] = field(default_factory=dict)
     acted: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -129,6 +139,22 @@ class Session:
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
+
+    @contextmanager
+    def rerouted(self, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+        """Have modules run other forwards for a while; they stay where they are, so that hooks on them go on working.
+
+        Args:
+            forwards: qualified name -> function with the arguments of the module's own ``forward``.
+        """
+        modules = [self.model.get_submodule(name) for name in forwards]
+        try:
+            for module, forward in zip(modules, forwards.values(), strict=True):
+                module.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
 
     @contextmanager
     def swapped(self, modules: dict[str, nn.Module]) -> Iterator[None]:

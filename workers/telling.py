@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from studio_state.events import Event, Kept, Tokens
-from workers.families.base import StepResult
+from studio_state.events import Event, ImageTokens, Kept, Picture, Tokens
+from workers.families.base import SeenImage, StepResult
+from workers.mechanisms.visual_tokens import ImageRecord
 from workers.workloads.base import Item, ItemResult
 
 FLUSH_SECONDS = 0.1  # text is told at most this often
@@ -62,4 +63,21 @@ def kept_event(lane: int, item: str, layers: list[list[float]]) -> Kept:
         item=item,
         share=[round(s, 4) for s in share],
         layers=["".join(str(round(9 * x)) for x in layer) for layer in layers],
+    )
+
+
+def picture_event(item: str, image: SeenImage) -> Picture:
+    """The image of an item and where its tokens lie."""
+    return Picture(item=item, boxes=image.layout.boxes, views=image.layout.views, **image.shown)
+
+
+def image_tokens_event(lane: int, item: str, record: ImageRecord) -> ImageTokens:
+    """What became of the image tokens of one item; levels are worked out now, outside every timing."""
+    level = record.rank() if record.rank else record.level
+    return ImageTokens(
+        lane=lane,
+        item=item,
+        share=[round(s, 4) for s in record.share],
+        level=[round(x, 4) for x in level],
+        group=record.group,
     )

@@ -48,8 +48,8 @@
       ...(m.doc.length ? [section('What it does', m.doc.map((p) => el('p', {}, prose(p))))] : []),
       section('At a glance', el('dl', { class: 'ps-facts' }, m.facts.map(([label, text]) => el('div', {}, el('dt', {}, label), el('dd', {}, text))))),
       section('Knobs', m.knobs.length ? table('Knobs', ['Knob', 'Which way it moves things', 'Allowed', 'Default', 'Like the baseline at'], m.knobs.map((k) => [el('code', {}, k.name), k.help || '–', k.allowed, k.default, k.neutral || '–'])) : el('p', { class: 'ps-quiet' }, 'It has no knobs: it is on or off.')),
-      section('What moves', m.moves.length ? el('ul', {}, m.moves.map((x) => el('li', {}, `${x.metric} ${x.way} `, el('span', { class: 'ps-quiet' }, `(${x.how})`)))) : el('p', { class: 'ps-quiet' }, 'Nothing is promised.')),
-      section('What it touches', m.resources.length ? el('ul', {}, m.resources.map((r) => el('li', {}, el('strong', {}, r.mode), `: ${r.what} `, el('span', { class: 'ps-quiet' }, `(${r.resource}${r.when ? `, with ${r.when}` : ''})`)))) : el('p', { class: 'ps-quiet' }, 'Nothing that another policy could want.')),
+      m.kind !== 'policy' ? '' : section('What moves', m.moves.length ? el('ul', {}, m.moves.map((x) => el('li', {}, `${x.metric} ${x.way} `, el('span', { class: 'ps-quiet' }, `(${x.how})`)))) : el('p', { class: 'ps-quiet' }, 'Nothing is promised.')),
+      m.kind !== 'policy' ? '' : section('What it touches', m.resources.length ? el('ul', {}, m.resources.map((r) => el('li', {}, el('strong', {}, r.mode), `: ${r.what} `, el('span', { class: 'ps-quiet' }, `(${r.resource}${r.when ? `, with ${r.when}` : ''})`)))) : el('p', { class: 'ps-quiet' }, 'Nothing that another policy could want.')),
       section('Cannot stand with', m.conflicts.length ? el('ul', {}, m.conflicts.map((c) => el('li', {}, button(c.title, () => open(c.id, true), { class: 'dt-pick' }), c.only ? ` ${c.only}` : '', el('span', { class: 'ps-quiet' }, ` ${c.why}.`)))) : el('p', { class: 'ps-quiet' }, m.kind === 'policy' ? 'It stands with every other policy of the catalogue.' : 'It is no part of pipelines.')),
       section('Runs here', ...runs(m))];
   }

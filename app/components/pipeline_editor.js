@@ -169,7 +169,10 @@
     }
     function drawShelf() {
       const chip = (pipeline, own) => el('span', { class: 'pe-chip' },
-        button(pipeline.name, () => load(pipeline, pipeline.name), { class: 'pe-small', title: pipeline.about || '' }),
+        button(pipeline.name, () => {
+          load(pipeline, pipeline.name);
+          if (pipeline.families) trigger('edit', { field: 'start', value: { families: pipeline.families, model: pipeline.model, workload: pipeline.workload } });
+        }, { class: 'pe-small', title: pipeline.about || '' }),
         own ? button('✕', () => forget(pipeline.name), { class: 'pe-icon pe-forget', 'aria-label': `Forget ${pipeline.name}` }) : null);
       places.shelf.replaceChildren(
         el('span', { class: 'ps-label' }, 'Examples'), ...props.examples.map((p) => chip(p, false)),

@@ -39,7 +39,7 @@ ServerFunction = Callable[[Any], dict[str, Any]]
 def palette(catalog: Catalog) -> dict[str, Any]:
     """What the palette and the knob forms need of the catalogue."""
     wanted = {"id", "title", "summary", "stage", "paper", "knobs", "effects", "hopes", "families"}
-    cards = [c for c in catalog.methods if c.kind == "policy" and c.stage]
+    cards = [c for c in catalog.policies if c.stage]
     return {"stages": list(STAGES), "cards": [c.model_dump(mode="json", include=wanted) for c in cards]}
 
 

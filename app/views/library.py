@@ -6,7 +6,7 @@ from typing import Any
 
 from app.components.library import Library
 from app.context import Context
-from app.library import method_page, runs_of, shelf
+from app.library import method_page, no_runs, runs_of, shelf
 from app.views.shared_link import link_of
 from studio_state.catalog import Card
 from studio_state.errors import StudioError
@@ -22,6 +22,8 @@ def build(ctx: Context) -> None:
         if card is None:
             return {"error": "There is no such method in this studio; choose one from the list."}
         found = {**method_page(card, ctx.catalog, ctx.unavailable(ctx.devices[0])), "try": try_link(ctx, card)}
+        if card.kind != "policy":
+            return {**found, "runs": no_runs(card)}
         try:
             return {**found, "runs": runs_of(ctx.store, card.id) if ctx.store else {"rows": [], "summary": ""}}
         except StudioError as e:

@@ -16,7 +16,7 @@ from app.compose import settings_schema
 from app.context import Context
 from app.models import choices
 from app.views.studio_calls import editor_calls, live_calls
-from app.views.studio_events import StudioEvents, show_model, show_workload
+from app.views.studio_events import StudioEvents, show_model, show_workload, workload_choices
 from studio_state.catalog import Catalog, WorkloadCard, asset
 
 TITLE = "Studio"
@@ -92,7 +92,8 @@ def layout(ctx: Context) -> StudioPage:
                 parts["unload"] = gr.Button("Unload model", size="sm", elem_id="unload", scale=0, min_width=110)
                 parts["unload_said"] = Notice(elem_id="unload-said", scale=1)
         with gr.Column(scale=4, min_width=280):
-            workloads = [(w.title, w.id) for w in ctx.catalog.workloads]
+            info = ctx.models.known(chosen)
+            workloads = workload_choices(ctx.catalog, info.family if info else "")
             parts["workload"] = gr.Dropdown(
                 workloads, value=first.id, label="Workload", info="What every lane runs", elem_id="workload"
             )
@@ -121,9 +122,12 @@ def wire_setup(page: StudioPage, events: StudioEvents) -> None:
     """Model, workload and settings: show what they are, and let the editor check against them."""
     tell_editor: tuple[Any, ...] = (events.setup, page.setup, page.editor)
     estimate: tuple[Any, ...] = (events.estimate, page.everything, page.estimate)
-    page.model.input(events.choose_model, page.model, page.model_facts, **DIRECT).then(
+    work = [page.workload, page.workload_facts, page.options]
+    page.model.input(events.choose_model, [page.model, page.workload], [page.model_facts, *work], **DIRECT).then(
         events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE
-    ).then(*tell_editor, **DIRECT)
+    ).then(events.fit_workload, [page.model, page.workload], work, **DIRECT).then(*tell_editor, **DIRECT).then(
+        *estimate, **DIRECT
+    )
     page.unload.click(events.unload, page.device, page.unload_said, **PRIVATE).then(
         events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE
     )
@@ -134,7 +138,10 @@ def wire_setup(page: StudioPage, events: StudioEvents) -> None:
     ).then(*estimate, **DIRECT)
     for changed in (page.options.input, page.settings.input, page.device.input):
         changed(*tell_editor, **DIRECT).then(*estimate, **DIRECT)
-    page.editor.edit(events.mend_setting, page.settings, page.settings, **DIRECT).then(*tell_editor, **DIRECT)
+    begun = [page.model, page.model_facts, *work, page.settings]
+    page.editor.edit(events.edited, [page.model, page.workload, page.settings], begun, **DIRECT).then(
+        *tell_editor, **DIRECT
+    ).then(events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE).then(*tell_editor, **DIRECT)
     page.editor.change(*estimate, trigger_mode="always_last", **DIRECT)
     page.live.stop(*estimate, **DIRECT)
 

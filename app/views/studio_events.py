@@ -15,7 +15,7 @@ from app.estimate import estimate_seconds, estimate_text
 from app.models import memory_rows, model_rows, pending_rows
 from app.run_service import sentence, sentences, start
 from app.views.shared_link import link_of, read_link
-from studio_state.catalog import WorkloadCard
+from studio_state.catalog import Catalog, WorkloadCard
 from studio_state.errors import SpecError, StudioError
 from studio_state.experiment import ExperimentSpec
 
@@ -59,6 +59,23 @@ def show_model(ctx: Context, model: str) -> Data:
     return facts(pending_rows(info), info.note) if info else facts([], "Looking up this model…" if model else "Choose a model.")
 
 
+def workload_choices(catalog: Catalog, family: str) -> list[tuple[str, str]]:
+    """(label, id) of all workloads; those that a family cannot run stand behind and say for which models they are."""
+    fitting = [(w.title, w.id) for w in catalog.workloads if not family or family in w.families]
+    others = [
+        (f"{w.title} (for {', '.join(w.families)} models)", w.id)
+        for w in catalog.workloads
+        if family and family not in w.families
+    ]
+    return fitting + others
+
+
+def usual_workload(catalog: Catalog, family: str) -> str:
+    """The workload to begin with for a family: the one made for it alone, else the first that it can run."""
+    able = [w for w in catalog.workloads if family in w.families]
+    return min(able, key=lambda w: len(w.families)).id if able else catalog.workloads[0].id
+
+
 def show_workload(card: WorkloadCard) -> Data:
     """What a workload does and which difference it can show."""
     return facts([("What", card.summary), ("Shows", card.detects)])
@@ -74,9 +91,19 @@ class StudioEvents:
     def __init__(self, ctx: Context):
         self.ctx = ctx
 
-    def choose_model(self, model: str) -> Data:
-        """A model was chosen: show at once what is known of it."""
-        return show_model(self.ctx, model)
+    def choose_model(self, model: str, workload: str) -> tuple[Any, ...]:
+        """A model was chosen: show at once what is known of it, and a workload that it can run."""
+        return (show_model(self.ctx, model), *self.fit_workload(model, workload))
+
+    def fit_workload(self, model: str, workload: str) -> tuple[Any, ...]:
+        """The workloads, those of the model's family first; another one is chosen where it cannot run this one."""
+        info = self.ctx.models.known(model or "")
+        choices = workload_choices(self.ctx.catalog, info.family if info else "")
+        card = self.ctx.catalog.workload_by_id.get(workload)
+        if info is None or card is None or info.family in card.families:
+            return gr.update(choices=choices), gr.skip(), gr.skip()
+        new = usual_workload(self.ctx.catalog, info.family)
+        return (gr.update(choices=choices, value=new), *self.choose_workload(new))
 
     def look_up(self, *state: Any) -> Data:
         """Ask the worker what the model is and what the experiment would need."""
@@ -125,9 +152,22 @@ class StudioEvents:
         spec = OnPage(*state).spec_or_none()
         return facts([], estimate_text(estimate_seconds(spec, self.ctx.races.finished(), self.ctx.catalog)) if spec else "")
 
-    def mend_setting(self, settings: Data, event: gr.EventData) -> Data:
-        """A problem is mended by a setting of the experiment."""
-        return form_value(settings_schema(), {**settings, str(event.field): event.value})
+    def edited(self, model: str, workload: str, settings: Data, event: gr.EventData) -> tuple[Any, ...]:
+        """The editor asks for something outside its lanes: a setting that mends a problem, or the model of an example.
+
+        Returns:
+            Model, its facts, workload, its facts, its options, settings.
+        """
+        if event.field != "start":
+            return (*[gr.skip()] * 5, form_value(settings_schema(), {**settings, str(event.field): event.value}))
+        info = self.ctx.models.known(model or "")
+        if info is not None and info.family in event.value["families"]:
+            return (gr.skip(),) * 6
+        new, card = event.value["model"], self.ctx.catalog.workload_by_id.get(event.value["workload"])
+        family = card.families[0] if card else ""
+        start = event.value["workload"]
+        listed = gr.update(choices=workload_choices(self.ctx.catalog, family), value=start)
+        return (new, show_model(self.ctx, new), listed, *self.choose_workload(start), gr.skip())
 
     def press_run(self, *state_and_live: Any) -> tuple[Any, Any]:
         """Run was pressed: start the experiment and watch it, or say why not."""

@@ -60,7 +60,13 @@ def test_catalogue_is_fresh() -> None:
 
 def test_readme_names_every_policy_and_workload() -> None:
     readme, catalog = (ROOT / "README.md").read_text(), Catalog.load()
-    assert [c.id for c in catalog.methods if f"`{c.id}`" not in readme] == []
+    assert [c.id for c in catalog.policies if f"`{c.id}`" not in readme] == []
+
+
+def test_readme_names_every_recipe() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "pareto-studio train " in readme
+    assert [c.id for c in Catalog.load().recipes if c.id not in readme] == []
 
 
 def test_files_named_in_the_pages_exist() -> None:

@@ -15,7 +15,8 @@ from studio_state.catalog import STAGES
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from tests import tiny
 from workers.families.base import RunTrace
-from workers.families.llm import LanguageFamily, State, make_batch
+from workers.families.batches import State, make_batch
+from workers.families.llm import LanguageFamily
 from workers.mechanisms import attention
 from workers.methods import Policy
 from workers.models.info import model_info
@@ -107,3 +108,54 @@ def forced(session: Session, ids: Sequence[int], following: Sequence[int]) -> Te
 def tokens(trace: RunTrace) -> list[list[int]]:
     """Token ids of every row."""
     return [r.token_ids for r in trace.results]
+
+
+@cache
+def load_seeing(folder: Path) -> Any:
+    """Model, tokenizer and image processor of a folder of ``tests.tiny_vision``, loaded as the studio loads them."""
+    from workers.models.load import load_model
+
+    return load_model(resolve(str(folder)), torch.float32, attn_implementation=attention.NAME)
+
+
+def seeing_session(folder: Path, workload: str = "vqa", **spec: Any) -> Session:
+    """A session on a tiny model that sees."""
+    from workers.host import FAMILIES
+
+    loaded, info = load_seeing(folder), info_of(folder)
+    return Session(
+        spec=ExperimentSpec(model="tiny", workload={"id": workload}, dtype="float32", **spec),
+        info=info,
+        family=FAMILIES[info.family](),
+        model=loaded.model,
+        processor=loaded.tokenizer,
+        images=loaded.images,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+@cache
+def sample_picture(width: int = 128, height: int = 128, seed: int = 0) -> Any:
+    """A picture with something in it: soft noise in colour, so that no two patches are alike."""
+    import numpy as np
+
+    from workers.data.pictures import ArrayPicture
+
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return ArrayPicture(np.kron(small, np.ones((8, 8, 1), dtype=np.uint8)))
+
+
+def image_item(task: str = "generate", prompt: str = "What is in the picture?", picture: Any = None, **more: Any) -> Item:
+    """One item with an image."""
+    more.setdefault("id", "one")
+    return Item(prompt=prompt, task=task, image=picture or sample_picture(), ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+def run_items(session: Session, items: Sequence[Item], new: int = 8) -> RunTrace:
+    """One batch through the family, as the engine runs it."""
+    with session.having(spec=session.spec.model_copy(update={"max_new_tokens": new})):
+        trace = session.family.begin(session, items)
+        for _ in session.family.run(session, trace):
+            pass
+    return trace

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from studio_state.errors import Unavailable
 from tests import tiny
 from tests.methods.driving import attached, forced, generate, info_of, make_session, prompt, tokens
-from workers.families.llm import State, make_batch
+from workers.families.batches import State, make_batch
 from workers.mechanisms import attention, onednn
 from workers.mechanisms.kv_store import FloatStore
 from workers.mechanisms.lean import Norm, RotaryTable, rotate

@@ -17,7 +17,7 @@ EVICTS = (("kv.length", "owns"), ("kv.rollback", "spoils"))
 def _card(
     id: str,
     title: str,
-    stage: str,
+    stage: str | None,
     knobs: dict[str, Any],
     uses: tuple[tuple[str, str], ...] = (),
     family: str = "llm",
@@ -31,7 +31,7 @@ def _card(
 
 
 def catalogue() -> Catalog:
-    """Policies of six stages and two workloads."""
+    """Policies of six stages, a recipe and two workloads."""
     group = {"type": "integer", "default": 64, "minimum": 16, "maximum": 256, "multipleOf": 16, "fits": "divides-widths"}
     items = {"type": "integer", "default": 2, "minimum": 1, "maximum": 50, "description": "number of items"}
     return Catalog(
@@ -47,6 +47,7 @@ def catalogue() -> Catalog:
             _card("prompt-lookup", "Prompt lookup", "decode", {"tokens": {"type": "integer", "default": 8, "minimum": 1, "maximum": 32}},
                   (("decode.loop", "owns"), ("kv.rollback", "needs"))),
             _card("lean-decode", "Lean decode", "runtime", {}, (("runtime.step", "owns"),)),
+            _card("fashion-vit", "ViT on Fashion-MNIST", None, {"steps": {"type": "integer", "default": 9, "minimum": 1}}, family="vit", kind="recipe"),
         ],
         workloads=[
             WorkloadCard(id="prompts", title="Prompts", summary="Runs prompts.", families=("llm", "vlm"), metrics=("accuracy",), detects="Small shifts.",

@@ -83,6 +83,21 @@ def test_a_method_without_runs_says_what_to_do(page: Page, url: str) -> None:
     assert lane_names(page) == ["Magnitude pruning"]
 
 
+def test_a_recipe_says_how_to_train_it(page: Page, url: str) -> None:
+    open_method(page, url, "ViT on Fashion-MNIST")
+    command = "pareto-studio train fashion-vit --out DIR"
+    assert command in section(page, "At a glance")
+    expect(page.locator(".ml-page .ps-empty")).to_contain_text(f"A recipe stands in no lane; it trains a model: {command}")
+    expect(page.locator(".ml-stages, .ml-try")).to_have_count(0)
+    assert page.locator(".ml-section h3").all_inner_texts() == [
+        "At a glance",
+        "Knobs",
+        "Cannot stand with",
+        "Runs here",
+    ]
+    assert violations(page) == []
+
+
 def test_search_and_keyboard(page: Page, url: str) -> None:
     open_method(page, url, "H2O")
     page.get_by_label("Search methods").fill("guess")

@@ -37,7 +37,8 @@ from workers.workloads.texts import novel, novel_sentences, passage, split_sente
 from workers.workloads.tokens import prefix_ids, split_at_boundary, template_tokens
 
 CONTEXT = 8192
-IDS = ["multiple-choice", "needle", "perplexity", "prompts", "speed"]
+IDS = ["classify", "multiple-choice", "needle", "perplexity", "prompts", "speed", "vqa"]
+FAMILIES = {"classify": ("vit",), "vqa": ("vlm",)}
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +122,7 @@ def test_registry_finds_every_workload_and_its_card_is_complete() -> None:
         card = kind.describe()
         assert card.summary
         assert card.title
-        assert card.families == ("llm", "vlm")
+        assert card.families == FAMILIES.get(card.id, ("llm", "vlm"))
         assert "items" in card.defaults()
         assert all(p.get("description") for p in card.options["properties"].values())
         assert set(card.metrics) <= set(METRICS)

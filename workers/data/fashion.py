@@ -6,10 +6,13 @@ The 10,000 test images ship with the studio; the 60,000 training images are read
 from __future__ import annotations
 
 import gzip
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from studio_state.catalog import asset
 from studio_state.errors import WorkloadError
@@ -18,9 +21,21 @@ CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 TEST_FOLDER = "workloads/fashion-mnist"
 
 
+@cache
 def held_out() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [10000, 28, 28] and labels [10000] that ship with the studio."""
+    """Images [10000, 28, 28] and labels [10000] that ship with the studio; both cannot be written to."""
     return read_split(asset(TEST_FOLDER), "t10k")
+
+
+@dataclass(frozen=True)
+class FashionPicture:
+    """One of the images that ship with the studio, by its number."""
+
+    index: int
+
+    def open(self) -> Image.Image:
+        """The image [28, 28] in RGB."""
+        return Image.fromarray(held_out()[0][self.index]).convert("RGB")
 
 
 def read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

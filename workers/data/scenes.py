@@ -10,7 +10,7 @@ Shapes: images [H, W, 3] bytes, masks [objects, H, W] bools.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -20,12 +20,19 @@ from PIL import Image, ImageDraw
 
 GRID = 3
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (222, 58, 52), "green": (64, 170, 78), "blue": (58, 104, 222), "yellow": (240, 200, 48), "purple": (150, 70, 190)}
+COLOURS = {
+    "red": (222, 58, 52),
+    "green": (64, 170, 78),
+    "blue": (58, 104, 222),
+    "yellow": (240, 200, 48),
+    "purple": (150, 70, 190),
+}
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("left of", "right of", "above", "below")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NOTHING = "nothing"
+HELD_OUT_SEED = 20_250_101  # no training seed draws these scenes
 
 QuestionKind = Literal["count", "colour-at", "shape-at", "count-of-shape", "exists", "relation"]
 KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
@@ -95,7 +102,8 @@ class Scene:
         pen = ImageDraw.Draw(layer)
         for i, thing in enumerate(self.things):
             draw(pen, thing, i + 1)
-        return np.asarray(layer)[None] == np.arange(1, len(self.things) + 1)[:, None, None]
+        masks: NDArray[np.bool_] = np.asarray(layer)[None] == np.arange(1, len(self.things) + 1)[:, None, None]
+        return masks
 
     @property
     def caption(self) -> str:
@@ -111,6 +119,17 @@ class Scene:
     def thing_at(self, cell: tuple[int, int]) -> Thing | None:
         """The object in a cell."""
         return next((t for t in self.things if t.cell == cell), None)
+
+
+@dataclass(frozen=True)
+class ScenePicture:
+    """The image of a scene, drawn anew whenever it is opened: thousands of items hold no pixels."""
+
+    scene: Scene
+
+    def open(self) -> Image.Image:
+        """The picture [size, size] in RGB."""
+        return replace(self.scene).image
 
 
 def place(cell: tuple[int, int]) -> str:
@@ -152,6 +171,13 @@ def make_scene(rng: np.random.Generator, size: int = 96, radius: tuple[float, fl
         shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
         things.append(Thing(shape, colour, (row, column), (x, y), r))
     return Scene(tuple(things), size, int(rng.integers(225, 256)))
+
+
+def held_out_scene(size: int, n: int) -> tuple[Scene, list[Question]]:
+    """Scene ``n`` of those that no training draws, ``size`` pixels an edge, and one question of each kind, as in ``KINDS``."""
+    rng = np.random.default_rng([HELD_OUT_SEED, size, n])
+    scene = make_scene(rng, size)
+    return scene, [ask(scene, kind, rng) for kind in KINDS]
 
 
 def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question:
@@ -203,7 +229,12 @@ def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     names = Counter(t.name for t in scene.things)
     alone = [t for t in scene.things if names[t.name] == 1]
     pairs = [
-        (a, b, relation) for a in alone for b in alone if a is not b for relation in RELATIONS if holds(a, b, relation) is not None
+        (a, b, relation)
+        for a in alone
+        for b in alone
+        if a is not b
+        for relation in RELATIONS
+        if holds(a, b, relation) is not None
     ]
     if not pairs:
         one = scene.things[0]
@@ -233,7 +264,9 @@ _ASKERS = {
     "exists": _exists,
     "relation": _relation,
 }
-_FRAME = "how many objects are there ? what color shape is at the a of above below left right".split()
+_FRAME = "how many objects are there ? what color shape is at the a of above below left right"
 WORDS = tuple(
-    dict.fromkeys((*_FRAME, *ROWS, *COLUMNS, *SHAPES, *PLURALS.values(), *COLOURS, *NUMBERS, "yes", "no", NOTHING, ",", "an", "and"))
+    dict.fromkeys(
+        (*_FRAME.split(), *ROWS, *COLUMNS, *SHAPES, *PLURALS.values(), *COLOURS, *NUMBERS, "yes", "no", NOTHING, ",", "an", "and")
+    )
 )

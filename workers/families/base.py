@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from workers.session import Session
 from workers.workloads.base import Item, ItemResult
+
+if TYPE_CHECKING:
+    from workers.families.image_layout import ImageLayout
+    from workers.mechanisms.visual_tokens import ImageRecord
 
 
 @dataclass
@@ -30,6 +34,23 @@ class StepResult:
 
 
 @dataclass
+class SeenImage:
+    """An image as a model takes it.
+
+    Attributes:
+        inputs: by the library's names, as the processor gives them for this one image.
+        layout: where its tokens lie.
+        shown: the small copy for the screen, as :func:`workers.data.pictures.shown` gives it.
+        seed: for policies that draw image tokens.
+    """
+
+    inputs: dict[str, Any]
+    layout: ImageLayout
+    shown: dict[str, Any]
+    seed: int = 0
+
+
+@dataclass
 class RunTrace:
     """What one lane did with one batch of items.
 
@@ -38,6 +59,9 @@ class RunTrace:
         results: one a row.
         counts: metric name -> value, counted during the run.
         logits: what the quality comparison needs, per row (float32 log-probabilities [n, V]).
+        features: per row what models give that name no classes: a vector, or a map as one.
+        images: per row its image as the model takes it (None: there is none).
+        seen: per row what became of its image tokens.
         kept: per row and layer the share of KV heads that kept each prompt token, [layers][tokens].
     """
 
@@ -46,6 +70,9 @@ class RunTrace:
     steps: list[StepResult] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
     logits: list[Any] = field(default_factory=list)
+    features: list[Any] = field(default_factory=list)
+    images: list[SeenImage | None] = field(default_factory=list)
+    seen: list[ImageRecord] = field(default_factory=list)
     kept: list[list[list[float]]] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     pieces: list[list[str]] = field(default_factory=list)
@@ -56,8 +83,20 @@ class Family(Protocol):
 
     id: str
 
+    def backbone(self, model: nn.Module) -> Any:
+        """The transformer itself, without what is built on top of it."""
+        ...
+
+    def warm_up_item(self, session: Session, like: Item) -> Item:
+        """What to warm up on, before an item like this one."""
+        ...
+
+    def probe(self, session: Session, item: Item) -> RunTrace:
+        """A trace with a few distributions, to be looked at before anything is timed."""
+        ...
+
     def parts(self, model: nn.Module) -> dict[str, list[str]]:
-        """Qualified names of the model's ``layers``, ``attentions`` and ``linears`` (those policies may replace)."""
+        """Qualified names of the model's ``layers``, ``attentions`` and ``linears`` (those policies may replace), and ``vision_...`` where it sees."""
         ...
 
     def begin(self, session: Session, items: Sequence[Item]) -> RunTrace:

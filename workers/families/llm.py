@@ -9,62 +9,26 @@ Shapes: B batch, L padded prompt length, T new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from studio_state.errors import WorkloadError
 from workers.families.base import RunTrace, StepResult
+from workers.families.batches import Batch, State, at_origin, make_batch
 from workers.families.comparing import distance, kept_shares
+from workers.families.parts import language_parts
 from workers.families.text import Streamer, encode_item
 from workers.mechanisms.attention import Forward, forwarding
-from workers.mechanisms.cache import PADDING, StudioCache
+from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.sampling import Sampler
 from workers.session import Session
 from workers.workloads.base import Item, ItemResult
 
+WARMUP_TOKENS = (32, 8)  # prompt and new tokens of a warm-up run
 SCORE_CHUNK = 16  # tokens a forward when scoring a given continuation; the same in every lane
-
-
-@dataclass
-class Batch:
-    """Prompts of one batch, padded on the left.
-
-    Attributes:
-        ids: [B, L] token ids; positions: [B, L], -1 where padded; lengths: prompt length per row.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    lengths: list[int]
-
-    @property
-    def padded(self) -> bool:
-        """True if the rows differ in length."""
-        return min(self.lengths) != max(self.lengths)
-
-
-def make_batch(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
-    """Left-pad token ids to one tensor."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    positions = torch.full_like(ids, PADDING)
-    for row, p in enumerate(prompts):
-        ids[row, longest - len(p) :] = torch.tensor(p, dtype=torch.long)
-        positions[row, longest - len(p) :] = torch.arange(len(p))
-    return Batch(ids.to(device), positions.to(device), [len(p) for p in prompts])
-
-
-@dataclass
-class State:
-    """A generation under way: the cache, the next position of each row, the newest logits [B, V]."""
-
-    cache: StudioCache
-    next_position: Tensor  # [B, 1]
-    logits: Tensor
-    lengths: list[int]
-    padded: bool
 
 
 class LanguageFamily:
@@ -74,17 +38,33 @@ class LanguageFamily:
 
     def parts(self, model: nn.Module) -> dict[str, list[str]]:
         """Names of decoder layers, their attentions, and all linear modules (the output head last)."""
-        names = dict(model.named_modules())
-        lists = [n for n, m in names.items() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
-        prefix = min(lists, key=len) if lists else ""
-        layers = [f"{prefix}.{i}" for i in range(len(names[prefix]))] if lists else []  # type: ignore[arg-type]
-        inside = [n for n, m in names.items() if isinstance(m, nn.Linear) and lists and n.startswith(prefix + ".")]
-        head = [n for n, m in names.items() if isinstance(m, nn.Linear) and m is model.get_output_embeddings()]  # type: ignore[operator]
-        return {"layers": layers, "attentions": [f"{n}.self_attn" for n in layers], "linears": inside, "head": head}
+        return language_parts(model, model)
+
+    def backbone(self, model: Any) -> Any:
+        """The language model without its output head: embedding, layers, final norm."""
+        return model.get_submodule(model.base_model_prefix)
+
+    def warm_up_item(self, session: Session, like: Item) -> Item:
+        """What to warm up on: a short prompt of made-up tokens."""
+        prompt, new = WARMUP_TOKENS
+        vocabulary = max(2, session.info.vocab or 2)
+        ids = tuple((7 * i + 11) % vocabulary for i in range(prompt))
+        return Item(id="warmup", prompt_ids=ids, max_new_tokens=new, ignore_eos=True)
+
+    def probe(self, session: Session, item: Item) -> RunTrace:
+        """A few distributions, to be looked at before anything is timed."""
+        given = self.begin(session, [item])
+        given.results[0].token_ids = given.results[0].prompt_ids[: item.max_new_tokens]
+        return self.follow(session, given.items, given)
+
+    def embedded(self, session: Session, batch: Batch) -> Batch:
+        """The batch as the language model reads it; families that see put their images in here."""
+        return batch
 
     # -- forwards --------------------------------------------------------------------------
     def prefill(self, session: Session, batch: Batch) -> State:
         """Pass the prompt through the model, in chunks where asked, and let the policies act at its end."""
+        batch = self.embedded(session, batch)
         cache = StudioCache(session.info.layers)
         length = batch.ids.shape[1]
         chunk = session.spec.chunk_size or length
@@ -102,22 +82,41 @@ class LanguageFamily:
                 kernel=session.spec.attention,
                 observers=session.observers,
                 retain_queries=session.retain_queries,
+                image_tokens=None if batch.image_tokens is None else batch.image_tokens[:, start:stop],
                 seen=stop,
             )
-            logits = self.library_forward(session, batch.ids[:, start:stop], forward, last_only=True)
+            embeds = None if batch.embeds is None else batch.embeds[:, start:stop]
+            rotary = None if batch.rotary is None else batch.rotary[:, :, start:stop]
+            logits = self.library_forward(session, batch.ids[:, start:stop], forward, True, embeds, rotary)
         for hook in (*session.after_prefill, *session.storage):
             hook(cache, forward)
         if logits is None:
             raise WorkloadError("the prompt holds no token; give at least one character")
         nexts = torch.tensor(batch.lengths, device=batch.ids.device)[:, None]
-        return State(cache, nexts, logits[:, -1], batch.lengths, batch.padded)
+        self.settle(session, forward)
+        return State(cache, nexts, logits[:, -1], batch.lengths, batch.padded, batch.rotary_shift, batch.origin)
 
-    def library_forward(self, session: Session, ids: Tensor, forward: Forward, last_only: bool = False) -> Tensor:
-        """The library's own modules on ids [B, T]: logits [B, T or 1, V]."""
+    def settle(self, session: Session, forward: Forward) -> None:
+        """Called at the end of a prefill, for families that keep a record of it."""
+
+    def library_forward(
+        self,
+        session: Session,
+        ids: Tensor,
+        forward: Forward,
+        last_only: bool = False,
+        embeds: Tensor | None = None,
+        rotary: Tensor | None = None,
+    ) -> Tensor:
+        """The library's own modules on ids [B, T] or, in their place, embeds [B, T, D]: logits [B, T or 1, V].
+
+        Args:
+            rotary: [3, B, T] positions for rotary embeddings, where they are not the plain ones.
+        """
         with forwarding(forward):
             out = session.model(
-                input_ids=ids,
-                position_ids=forward.positions.clamp_min(0),
+                **{"input_ids": ids} if embeds is None else {"inputs_embeds": embeds},
+                position_ids=forward.positions.clamp_min(0) if rotary is None else rotary,
                 past_key_values=forward.cache,
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
@@ -139,7 +138,12 @@ class LanguageFamily:
             observers=session.observers,
             seen=state.cache.seen + t,
         )
-        logits = session.step_forward(ids, forward) if session.step_forward else self.library_forward(session, ids, forward)
+        if session.step_forward:
+            logits = session.step_forward(ids, forward)
+        else:
+            shift = state.rotary_shift
+            rotary = None if shift is None else (positions + shift).expand(3, -1, -1)
+            logits = self.library_forward(session, ids, forward, rotary=rotary)
         state.next_position = state.next_position + t
         state.logits = logits[:, -1]
         session.count("forward_passes", 1)
@@ -156,7 +160,7 @@ class LanguageFamily:
         """
         trace = RunTrace(items=items, results=[ItemResult(item=i) for i in items])
         for item in items:
-            prompt, ids = encode_item(session, item)
+            prompt, ids, image = self.encode(session, item)
             new = max(
                 (len(c) for c in item.continuation_ids), default=self._new_tokens(session, item) if item.task == "generate" else 0
             )
@@ -168,7 +172,16 @@ class LanguageFamily:
             trace.prompts.append(prompt)
             trace.pieces.append([session.processor.decode([t]) for t in ids])
             trace.results[len(trace.prompts) - 1].prompt_ids = ids
+            trace.images.append(image)
         return trace
+
+    def encode(self, session: Session, item: Item) -> tuple[str, list[int], Any]:
+        """The prompt as text, as token ids, and its image as the model takes it (None: there is none)."""
+        return *encode_item(session, item), None
+
+    def images_of(self, session: Session, items: Sequence[Item]) -> Sequence[Any]:
+        """The images of these items as the model takes them; none for models that do not see."""
+        return ()
 
     def _new_tokens(self, session: Session, item: Item) -> int:
         return session.spec.max_new_tokens or item.max_new_tokens
@@ -177,31 +190,38 @@ class LanguageFamily:
     def run(self, session: Session, trace: RunTrace) -> Iterator[StepResult]:
         """Prefill, then decode or score by the decode path. Work of the caller between steps is not timed."""
         session.counts.clear()
-        batch = self._batch(session, trace)
+        batch = self._batch(session, trace.results, trace.images)
         start = session.clock()
         state = self.prefill(session, batch)
         task = trace.items[0].task
         if task == "generate":
             yield from self._generate(session, trace, state, start)
         else:
-            self._note_prefill(trace, session, state, batch, session.clock() - start)
+            self._note_prefill(trace, session, state, session.clock() - start)
             yield trace.steps[-1]
             yield from self._score(session, trace, state)
         trace.counts.update(session.counts)
         trace.counts["kv_bytes"] = float(state.cache.nbytes())
         trace.counts["cached_tokens"] = state.cache.stored()
 
-    def _batch(self, session: Session, trace: RunTrace) -> Batch:
+    def _batch(self, session: Session, results: Sequence[ItemResult], images: Sequence[Any]) -> Batch:
         pad = session.processor.pad_token_id
-        return make_batch([r.prompt_ids for r in trace.results], pad if pad is not None else 0, session.device)
+        batch = make_batch([r.prompt_ids for r in results], pad if pad is not None else 0, session.device)
+        batch.images = images
+        return batch
 
     def _note_prefill(
-        self, trace: RunTrace, session: Session, state: State, batch: Batch, seconds: float, new: list[list[int]] | None = None
+        self, trace: RunTrace, session: Session, state: State, seconds: float, new: list[list[int]] | None = None
     ) -> None:
         trace.steps.append(StepResult("prefill", seconds, new or [], [""] * len(trace.items)))
         trace.counts["prefill_kv_bytes"] = float(state.cache.nbytes())
         trace.counts["kept_prompt_tokens"] = state.cache.stored()
-        trace.kept = kept_shares(state.cache, batch.lengths)
+        trace.kept = kept_shares(state.cache, state.lengths)
+        if state.origin:
+            trace.kept = [
+                [at_origin(layer, origin, len(result.prompt_ids)) for layer in layers]
+                for layers, origin, result in zip(trace.kept, state.origin, trace.results, strict=True)
+            ]
 
     def _generate(self, session: Session, trace: RunTrace, state: State, start: float) -> Iterator[StepResult]:
         sampler = Sampler(session.spec.sampling, session.spec.seed, session.device)
@@ -211,9 +231,8 @@ class LanguageFamily:
         done = [False] * len(trace.items)
         first = sampler.draw(state.logits)
         seconds = session.clock() - start
-        batch = self._batch(session, trace)
         new = [[int(t)] for t in first]
-        self._note_prefill(trace, session, state, batch, seconds, new)
+        self._note_prefill(trace, session, state, seconds, new)
         step = trace.steps[0]
         start = session.clock()
         for hook in session.before_decode:  # after the count: room that they reserve is not of the prefill
@@ -250,9 +269,7 @@ class LanguageFamily:
         several = len(item.continuation_ids) > 1
         for ids in item.continuation_ids:
             start = session.clock()
-            branch = (
-                State(state.cache.clone(), state.next_position, state.logits, state.lengths, state.padded) if several else state
-            )
+            branch = replace(state, cache=state.cache.clone()) if several else state
             logprobs = self.force(session, branch, list(ids))
             nll = -logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0]
             result.nll.append(nll.tolist())
@@ -274,8 +291,8 @@ class LanguageFamily:
     def follow(self, session: Session, items: Sequence[Item], reference: RunTrace) -> RunTrace:
         """Teacher-forced on the reference's tokens, row by row, untimed."""
         trace = RunTrace(items=items, results=[ItemResult(item=i) for i in items])
-        for result in reference.results:
-            batch = make_batch([result.prompt_ids], 0, session.device)
+        for row, result in enumerate(reference.results):
+            batch = self._batch(session, [result], self.images_of(session, items[row : row + 1]))
             state = self.prefill(session, batch)
             for hook in session.before_decode:
                 hook(state.cache, len(result.token_ids))

@@ -21,14 +21,38 @@ def encode_item(session: Session, item: Item) -> tuple[str, list[int]]:
         return tokenizer.decode(ids), ids
     if not item.prompt:
         raise WorkloadError(f"item {item.id} has an empty prompt; give at least one character")
-    if item.chat and spec.chat_template and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": item.prompt}]
-        if spec.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": spec.system_prompt})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-    text = item.prompt if spec.system_prompt is None else f"{spec.system_prompt}\n\n{item.prompt}"
-    return text, tokenizer(text)["input_ids"]
+    text = chat_text(session, item)
+    templated = item.chat and spec.chat_template and bool(template_of(session))
+    return text, tokenizer(text, **{"add_special_tokens": False} if templated else {})["input_ids"]
+
+
+def template_of(session: Session) -> Any:
+    """Who writes a chat: the image processor where it has a template, else the tokenizer; None if neither has one."""
+    return next((x for x in (session.images, session.processor) if getattr(x, "chat_template", None)), None)
+
+
+def chat_text(session: Session, item: Item, image: bool = False) -> str:
+    """The prompt as text: in the model's chat form where it has one and the spec allows it.
+
+    Args:
+        image: a picture stands before the words.
+
+    Raises:
+        WorkloadError: the prompt is empty.
+    """
+    spec, writer = session.spec, template_of(session)
+    if not item.prompt:
+        raise WorkloadError(f"item {item.id} has an empty prompt; give at least one character")
+    if not (item.chat and spec.chat_template and writer):
+        text = item.prompt if spec.system_prompt is None else f"{spec.system_prompt}\n\n{item.prompt}"
+        return f"{session.images.image_token}\n{text}" if image else text
+    parts = session.images is not None  # chats of models that see are lists of parts
+    content = [*([{"type": "image"}] if image else []), {"type": "text", "text": item.prompt}] if parts else item.prompt
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if spec.system_prompt is not None:
+        system = [{"type": "text", "text": spec.system_prompt}] if parts else spec.system_prompt
+        messages.insert(0, {"role": "system", "content": system})
+    return str(writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 class Streamer:

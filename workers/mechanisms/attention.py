@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from workers.mechanisms.cache import PADDING, HeadGroup, KVLayer, StudioCache
+from workers.mechanisms.vision_attention import active_vision
 
 NAME = "pareto"
 
@@ -43,6 +44,7 @@ class Forward:
         retain_queries: newest queries to remember across prefill chunks, per layer.
         narrowed: set by token policies: from which layer on only some new tokens travel, as
             (first layer, index [B, n] into the new tokens).
+        image_tokens: [B, T] which of the new tokens come from an image; None = none of them.
     """
 
     cache: StudioCache
@@ -55,6 +57,7 @@ class Forward:
     observers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
     retain_queries: int = 0
     narrowed: list[tuple[int, Tensor]] = field(default_factory=list)
+    image_tokens: Tensor | None = None
     seen: int = 0
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -277,6 +280,9 @@ def _library_attention(
 ) -> tuple[Tensor, None]:
     """What the library calls. Without a forward of ours it is the library's own sdpa."""
     forward = _active.get()
+    vision = active_vision()
+    if vision is not None:
+        return vision.attend(module, query, key, value, attention_mask, scaling, dropout=dropout, **kwargs)
     if forward is None:
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window

@@ -189,7 +189,7 @@ class LeanModel:
 
     def __init__(self, session: Session):
         model: Any = session.model
-        base = model.get_submodule(model.base_model_prefix)
+        base = session.family.backbone(model)
         check_outside(model, base)
         self.swaps: dict[str, nn.Module] = {}
         self.embed: nn.Module = base.embed_tokens

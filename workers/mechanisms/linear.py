@@ -155,7 +155,7 @@ def find_places(family: Family, model: nn.Module) -> Places:
     parts = family.parts(model)
     head = next(iter(parts.get("head", [])), None)
     embedding = model.get_input_embeddings() if head and hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    tied = embedding is not None and embedding.weight is model.get_submodule(str(head)).weight
+    tied = isinstance(embedding, nn.Embedding) and embedding.weight is model.get_submodule(str(head)).weight
     name = next((n for n, m in model.named_modules() if m is embedding), None) if tied else None
     return Places(tuple(parts["linears"]), head, name)
 

@@ -13,6 +13,9 @@ def speed(trace: RunTrace) -> dict[str, float]:
     A step may bring several tokens (speculative decoding): its time is shared among them, so that
     latencies stay comparable.
     """
+    if trace.items[0].task == "classify":
+        seconds = sum(s.seconds for s in trace.steps)
+        return {"images_per_s": len(trace.items) / seconds, "end_to_end_s": seconds}
     prefill, later = trace.steps[0], trace.steps[1:]
     prompt = sum(len(r.prompt_ids) for r in trace.results)
     out = {

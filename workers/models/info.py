@@ -18,6 +18,10 @@ LEAN_SHAPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layer is exactly: RMSNorm, separate q, k, v, o linears, RMSNorm, separate gate, up, down linears
 with SiLU, rotary positions and two plain residual additions (Qwen3 also normalises queries and keys)."""
 
+CLS_ENCODERS = ("vit", "deit", "dinov2", "clip_vision_model")
+PLAIN_ENCODERS = ("siglip_vision_model", "idefics3_vision", "smolvlm_vision")
+TILING = ("idefics3", "smolvlm")
+
 _SSM_LAYERS = ("mamba", "mamba2", "linear_attention", "recurrent", "conv", "ssm")
 _WINDOW_LAYERS = ("sliding_attention", "chunked_attention")
 _SSM_FIELDS = ("ssm_cfg", "state_size", "mamba_d_state", "ssm_state_size")
@@ -91,7 +95,8 @@ def family(resolved: Resolved) -> str:
         return "vlm"
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "llm"
-    if name in _names(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) | _names(auto.MODEL_FOR_IMAGE_MAPPING_NAMES):
+    encoders = class_names(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) | class_names(auto.MODEL_FOR_IMAGE_MAPPING_NAMES)
+    if name in encoders or name == "CLIPVisionModel":
         return "vit"
     if resolved.trust_remote_code and name.endswith("ForCausalLM"):
         return "llm"
@@ -101,7 +106,7 @@ def family(resolved: Resolved) -> str:
     )
 
 
-def _names(mapping: Any) -> set[str]:
+def class_names(mapping: Any) -> set[str]:
     """Class names of a transformers mapping, whose values are names or tuples of names."""
     return {n for value in mapping.values() for n in ((value,) if isinstance(value, str) else value)}
 
@@ -153,11 +158,25 @@ def _traits(resolved: Resolved, config: PretrainedConfig) -> tuple[str, ...]:
         "tied-embeddings": _tied(resolved),
         "chat-template": _has_chat_template(resolved),
         "lean-shape": config.model_type in LEAN_SHAPES and getattr(config, "hidden_act", "") == "silu",
+        **_vision_traits(resolved),
         "remote-code": resolved.trust_remote_code and "auto_map" in resolved.raw,
         **({_sharing(shape): True} if shape["attention_layers"] else {}),
     }
     given: Iterable[str] = (*(resolved.entry.traits if resolved.entry else ()), *(resolved.gguf.traits if resolved.gguf else ()))
     return tuple(sorted({*(name for name, holds in found.items() if holds), *given}))
+
+
+def _vision_traits(resolved: Resolved) -> dict[str, bool]:
+    """What a vision encoder has: a CLS token (and DeiT's second one), layers that can be taken apart, tiles."""
+    config = getattr(resolved.config, "vision_config", resolved.config)
+    kind = str(getattr(config, "model_type", ""))
+    return {
+        "cls-token": kind in CLS_ENCODERS,
+        "distillation-token": kind == "deit",
+        "vision-blocks": kind in (*CLS_ENCODERS, *PLAIN_ENCODERS),
+        "tiles": bool(getattr(resolved.config, "image_grid_pinpoints", None)) or resolved.raw.get("model_type") in TILING,
+        "labels": "ImageClassification" in architecture(resolved),
+    }
 
 
 def _sharing(shape: dict[str, Any]) -> str:
@@ -200,8 +219,8 @@ def _has_chat_template(resolved: Resolved) -> bool:
         return resolved.gguf.chat_template
     if (resolved.path / "chat_template.jinja").is_file() or (resolved.path / "chat_template.json").is_file():
         return True
-    file = resolved.path / "tokenizer_config.json"
-    return file.is_file() and '"chat_template"' in file.read_text(encoding="utf-8")
+    files = (resolved.path / "tokenizer_config.json", resolved.path / "processor_config.json")
+    return any(f.is_file() and '"chat_template"' in f.read_text(encoding="utf-8") for f in files)
 
 
 def _number(config: PretrainedConfig, *names: str) -> int:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from studio_state.errors import ModelError
 from workers.mechanisms.linear import Places, Replacement, WeightPolicy, build, find_places
 from workers.models import weights_files
+from workers.models.load import library_class_of
 from workers.models.talk import Progress, first_line, quiet_library, silent
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def load_compressed(
     attn_implementation: str = "sdpa",
     progress: Progress = silent,
 ) -> Compressed:
-    """Load a language model with the policies' replacements in the place of its linear maps.
+    """Load a model with the policies' replacements in the place of its linear maps.
 
     Args:
         policies: those of one lane that alter weights, in the order in which they act.
@@ -99,7 +100,7 @@ def load_compressed(
     if resolved.gguf_file:
         raise ModelError(f"{resolved.name} is a GGUF file, which is read as a whole; loading compressed needs safetensors")
     with quiet_library(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = library_class_of(resolved, family.id).from_config(
             resolved.config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=resolved.trust_remote_code
         )
     spots = find_places(family, model)

@@ -1,16 +1,27 @@
-"""Weights into memory: one language model, frozen, with its tokenizer."""
+"""Weights into memory: one model, frozen, with what prepares its inputs."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Idefics3Processor,
+    Qwen2_5_VLProcessor,
+)
+from transformers.models.auto import modeling_auto as auto
 
 from studio_state.errors import ModelError, Unavailable
 from studio_state.experiment import number_format
 from workers.models import gguf_file
-from workers.models.info import family
+from workers.models.info import architecture, class_names, family
 from workers.models.resolve import Resolved
 from workers.models.talk import first_line, quiet_library
 
@@ -18,10 +29,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode without gradients, and its tokenizer (which always has a padding token)."""
+    """A model in eval mode without gradients, and what prepares its inputs.
+
+    Attributes:
+        tokenizer: always with a padding token; None for models that read no text.
+        images: what turns images (and the text around them) into inputs; None for models that do not see.
+    """
 
     model: Any
     tokenizer: Any
+    images: Any = None
 
 
 def torch_dtype(dtype: str, stored: str, device: str) -> torch.dtype:
@@ -40,8 +57,8 @@ def torch_dtype(dtype: str, stored: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_llm(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn_implementation: str = "sdpa") -> Loaded:
-    """Load a language model.
+def load_model(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn_implementation: str = "sdpa") -> Loaded:
+    """Load a model of any family that the studio runs.
 
     Args:
         dtype: see :func:`torch_dtype`.
@@ -52,14 +69,17 @@ def load_llm(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn_i
         ModelError: weights missing or of other shapes than the config says, no tokenizer, or not enough device memory.
     """
     kind = family(resolved)
-    if kind != "llm":
-        raise Unavailable(
-            f"{resolved.name} is of family {kind}; this version of the studio runs llm models only, choose one of those"
-        )
+    library_class = library_class_of(resolved, kind)
     with quiet_library():
         try:
-            model = _weights(resolved, dtype, attn_implementation).to(device)
-            tokenizer = load_tokenizer(resolved)
+            model = _weights(resolved, library_class, dtype, attn_implementation).to(device)
+            tokenizer, images = load_inputs(resolved, kind)
+            if kind == "vit" and (resolved.path / "saliency_head.safetensors").is_file():
+                from workers.models.saliency import load_saliency_head
+
+                head = load_saliency_head(resolved.path)
+                if head is not None:
+                    model.saliency_head = head.to(device).requires_grad_(False).eval()
         except torch.OutOfMemoryError as e:
             raise ModelError(
                 f"{resolved.name} does not fit into the memory of {device}; choose a smaller model or dtype, or another device"
@@ -68,13 +88,74 @@ def load_llm(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn_i
             raise
         except Exception as e:  # libraries raise all kinds here; one sentence with their reason
             raise ModelError(f"{resolved.name} cannot be loaded: {first_line(e)}") from e
-    return Loaded(model.requires_grad_(False).eval(), tokenizer)
+    return Loaded(model.requires_grad_(False).eval(), tokenizer, images)
 
 
-def _weights(resolved: Resolved, dtype: torch.dtype, attn_implementation: str) -> Any:
+def library_class_of(resolved: Resolved, kind: str) -> Any:
+    """The library's automatic class for a family.
+
+    Raises:
+        Unavailable: a family that the studio does not run.
+    """
+    if kind == "llm":
+        return AutoModelForCausalLM
+    if kind == "vlm":
+        return AutoModelForImageTextToText
+    if kind == "vit":
+        named = architecture(resolved) in class_names(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+        return AutoModelForImageClassification if named else AutoModel
+    raise Unavailable(
+        f"{resolved.name} is of family {kind}; this version of the studio runs llm, vlm and vit models, choose one of those"
+    )
+
+
+def load_inputs(resolved: Resolved, kind: str) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a model, None where it has none.
+
+    Raises:
+        ModelError: what its family needs is not there.
+    """
+    if kind == "llm":
+        return load_tokenizer(resolved), None
+    word, loader = ("image processor", AutoImageProcessor) if kind == "vit" else ("processor", processor_class(resolved))
+    try:
+        images = loader.from_pretrained(resolved.path, local_files_only=True, trust_remote_code=resolved.trust_remote_code)
+    except Exception as e:
+        raise ModelError(
+            f"{resolved.name} has no {word} that can be loaded ({first_line(e)}); put preprocessor_config.json "
+            f"{'and processor_config.json ' if kind == 'vlm' else ''}into its folder"
+        ) from e
+    if kind == "vit":
+        return None, images
+    tokenizer = images.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, images
+
+
+def processor_class(resolved: Resolved) -> Any:
+    """The library's processor for a vision-language model; without the part for videos, which needs torchvision."""
+    kind = resolved.config.model_type if resolved.config is not None else ""
+    if kind == "smolvlm":  # lays its images out as Idefics3 does
+        return Idefics3Processor
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
+        return StillProcessor
+    return AutoProcessor
+
+
+class StillProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
+    """Qwen's processor for still images only."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """What it is made of."""
+        return ["image_processor", "tokenizer"]
+
+
+def _weights(resolved: Resolved, library_class: Any, dtype: torch.dtype, attn_implementation: str) -> Any:
     if resolved.gguf_file:
         return gguf_file.load_model(resolved.path / resolved.gguf_file, dtype, attn_implementation=attn_implementation)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = library_class.from_pretrained(
         resolved.path,
         dtype=dtype,
         attn_implementation=attn_implementation,

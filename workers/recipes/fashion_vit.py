@@ -5,6 +5,7 @@ Shapes: B batch, 28 x 28 grey images repeated to three channels; patch 4 gives 4
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.training.loop import Schedule, TrainingRun, fit
+from workers.data.fashion import CLASSES, held_out, read_split
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
-from workers.data.fashion import CLASSES, read_split, held_out
+from workers.training.loop import Schedule, TrainingRun, fit
 
 SHIFT = 2  # pixels an image is moved by at most, each way
 
@@ -28,9 +29,13 @@ class FashionViT(Recipe):
     flipped and moved by up to two pixels; the moving average of the weights is handed over.
     """
 
-    card: ClassVar[Card] = card(id="fashion-vit", title="ViT on Fashion-MNIST", kind="recipe", families=("vit",), paper="arXiv:2010.11929")
+    card: ClassVar[Card] = card(
+        id="fashion-vit", title="ViT on Fashion-MNIST", kind="recipe", families=("vit",), paper="arXiv:2010.11929"
+    )
 
-    data: str = knob("/usr/share/datasets/fashion-mnist", help="folder with the published training files (train-images-idx3-ubyte.gz, ...)")
+    data: str = knob(
+        "/usr/share/datasets/fashion-mnist", help="folder with the published training files (train-images-idx3-ubyte.gz, ...)"
+    )
     steps: int = knob(28000, ge=1, le=1_000_000, help="optimizer steps; more = better, up to about 40 passes over the data")
     batch_size: int = knob(64, ge=1, le=4096, help="images a step")
     learning_rate: float = knob(1e-3, gt=0, le=0.1, help="highest learning rate")
@@ -54,13 +59,14 @@ class FashionViT(Recipe):
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(500, self.steps // 10 + 1))
         best = fit(run, "classify", model, schedule, loss_of).to(torch.bfloat16)
         processor().save_pretrained(run.out)
+        share, examples = accuracy(best, run.tell, run.examples)
         return hand_over(
             run,
             self,
             best,
             steps={"classify": self.steps},
-            scores={"accuracy": accuracy(best)},
-            examples=len(held_out()[1]),
+            scores={"accuracy": share},
+            examples=examples,
             data="Fashion-MNIST, 60,000 labelled training images (Zalando Research, MIT licence)",
             licence="MIT",
             limits="It knows ten kinds of clothes at 28 x 28 pixels, grey on black, and nothing else.",
@@ -110,12 +116,18 @@ def pixels(images: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batch: int = 500) -> float:
-    """Share of the 10,000 test images that are named rightly."""
-    images, labels = held_out()
+def accuracy(
+    model: nn.Module,
+    say: Callable[[str, float | None], None] = lambda text, done: None,
+    examples: int | None = None,
+    batch: int = 500,
+) -> tuple[float, int]:
+    """Share of the 10,000 test images (or of the first ``examples``) that are named rightly, and how many they are."""
+    images, labels = (x[:examples] for x in held_out())
     dtype = next(model.parameters()).dtype
     right = 0
     for start in range(0, len(images), batch):
+        say(f"scoring: {start} of {len(images)} images", start / len(images))
         logits = model(pixel_values=pixels(images[start : start + batch]).to(dtype)).logits
         right += int((logits.argmax(-1).numpy() == labels[start : start + batch]).sum())
-    return right / len(images)
+    return right / len(images), len(images)

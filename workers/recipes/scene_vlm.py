@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.training.scene_scores import score_scenes
-from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, mixed_view, normalized, questions_of, views_of, whole
-from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.word_tokenizer import IMAGE, word_tokenizer
+from workers.data.scenes import WORDS, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
-from workers.data.scenes import WORDS, make_scene
+from workers.training.loop import Schedule, TrainingRun, fit
+from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, mixed_view, normalized, views_of, whole
+from workers.training.scene_scores import scenes_for, score_scenes
+from workers.training.word_tokenizer import IMAGE, word_tokenizer
 
 TOKENS = (VIEW // PATCH) ** 2
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
@@ -37,7 +36,7 @@ class SceneVLM(Recipe):
     )
 
     see_steps: int = knob(1500, ge=1, le=1_000_000, help="steps of the vision tower alone; more = shapes are learned more surely")
-    steps: int = knob(9000, ge=1, le=1_000_000, help="steps of the whole model; more = better answers")
+    steps: int = knob(7000, ge=1, le=1_000_000, help="steps of the whole model; more = better answers")
     batch_size: int = knob(24, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(1.2e-3, gt=0, le=0.1, help="highest learning rate")
     layers: int = knob(4, ge=2, le=48, help="layers of the tower and of the language model; more = slower and better")
@@ -62,7 +61,7 @@ class SceneVLM(Recipe):
         def answering(net: nn.Module, step: int) -> Tensor:
             rng = run.rng("answer", step)
             scenes = [make_scene(rng) for _ in range(self.batch_size)]
-            batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, [questions_of(s, rng) for s in scenes], rng)
+            batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, scenes, rng)
             views = views_of([whole(s) for s in scenes])
             with torch.autocast("cpu", torch.bfloat16):
                 return taught.answering_loss(batch, normalized(views.images), views)
@@ -71,7 +70,7 @@ class SceneVLM(Recipe):
         best = fit(run, "answer", taught, schedule, answering).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)
-        scores, examples = score_scenes(best, ready, run.say)
+        scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples))
         return hand_over(
             run,
             self,

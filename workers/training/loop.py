@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from studio_state.errors import StudioError
 from workers.session import Cancelled
 
+UNFINISHED = "unfinished"  # folder beside the checkpoint to come
 CHECKPOINT_SECONDS = 60.0
 SAY_SECONDS = 2.0
 
@@ -33,6 +35,7 @@ class TrainingRun:
         seed: of weights and data.
         say: tells progress: (text, share done).
         is_cancelled: asked between steps; the state is saved before the run stops.
+        examples: score on about so many examples only; None = on all that there are.
         seconds: training time of all phases so far, over all resumptions.
     """
 
@@ -40,11 +43,22 @@ class TrainingRun:
     seed: int = 0
     say: Callable[[str, float | None], None] = lambda text, done: None
     is_cancelled: Callable[[], bool] = lambda: False
+    examples: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def rng(self, phase: str, step: int) -> np.random.Generator:
         """The random numbers of one step: the same whether or not the run was interrupted before."""
         return np.random.default_rng([self.seed, *phase.encode(), step])
+
+    def tell(self, text: str, done: float | None = None) -> None:
+        """Progress of what follows the training, for example of scoring.
+
+        Raises:
+            Cancelled: the person asked to stop; the trained state is kept.
+        """
+        if self.is_cancelled():
+            raise Cancelled
+        self.say(text, done)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,9 @@ class Schedule:
         return warm * 0.5 * (1 + float(np.cos(np.pi * min(1.0, step / self.steps))))
 
 
-def fit(run: TrainingRun, phase: str, model: nn.Module, schedule: Schedule, loss_of: Callable[[nn.Module, int], Tensor]) -> nn.Module:
+def fit(
+    run: TrainingRun, phase: str, model: nn.Module, schedule: Schedule, loss_of: Callable[[nn.Module, int], Tensor]
+) -> nn.Module:
     """Train in place, and return the averaged weights.
 
     Args:
@@ -81,7 +97,7 @@ def fit(run: TrainingRun, phase: str, model: nn.Module, schedule: Schedule, loss
     """
     optimizer = torch.optim.AdamW(groups(model, schedule.weight_decay), lr=schedule.learning_rate, betas=(0.9, 0.98))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.average))
-    path = run.out / "unfinished" / f"{phase}.pt"
+    path = run.out / UNFINISHED / f"{phase}.pt"
     step, before = restore(path, model, averaged, optimizer)
     began = said = saved = time.monotonic()
     shown = None
@@ -139,10 +155,17 @@ def keep(path: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.opt
 
 
 def restore(path: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Take up the unfinished state; (steps done, seconds spent), zeros if there is none."""
+    """Take up the unfinished state; (steps done, seconds spent), zeros if there is none.
+
+    Raises:
+        StudioError: the file is damaged.
+    """
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as e:
+        raise StudioError(f"{path} is damaged; delete it to train this part again") from e
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])

@@ -23,7 +23,8 @@ PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it
 VISIBLE = 0.3  # share of an object that must be in a view to count there
 BLIND = 0.06  # share of questions asked without the image, so that the model also knows how to answer blind
-EXTRA = ("shape-at", "count-of-shape", "relation")  # the hardest kinds are asked twice, in turn
+EXTRA = ("colour-at", "exists", "relation")  # the hardest kinds are asked twice, in turn
+CAPTION = "what is there ?"
 IGNORED = -100
 
 
@@ -34,12 +35,14 @@ class AskedBatch:
     Attributes:
         ids: [B, S]; the first I + 2 are ``<s> user <image> ...``.
         positions: [B, S]; mask: [B, 1, S, S] additive; targets: [B, S], IGNORED off the answers.
+        of_caption: [B, S] which targets belong to the caption.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     targets: Tensor
+    of_caption: Tensor
 
 
 def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -48,24 +51,29 @@ def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [ask(scene, kind, rng) for kind in (*KINDS, *extra)]  # type: ignore[arg-type]
 
 
-def asked(tokenizer: Any, image_token: int, image_tokens: int, rows: Sequence[list[Question]], rng: np.random.Generator) -> AskedBatch:
-    """Put the questions of each scene behind its image."""
+def asked(tokenizer: Any, image_token: int, image_tokens: int, scenes: Sequence[Scene], rng: np.random.Generator) -> AskedBatch:
+    """Put questions about each scene, and the request to describe it, behind its image.
+
+    Describing binds shape, colour and place of every object in a few dozen words, where a question asks for one.
+    """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     prefix = [tokenizer.bos_token_id, vocabulary["user"], *[image_token] * image_tokens]
     start = len(prefix)
     bodies = []
-    for questions in rows:
+    for scene in scenes:
+        pairs = [(q.text, q.answer) for q in questions_of(scene, rng)] + [(CAPTION, scene.caption.replace(",", " ,"))]
         blocks = []
-        for q in questions:
-            words = [vocabulary[w] for w in q.text.split()]
-            blocks.append(([*words, vocabulary["assistant"], vocabulary[q.answer], tokenizer.eos_token_id], len(words)))
+        for question, answer in pairs:
+            words, told = ([vocabulary[w] for w in text.split()] for text in (question, answer))
+            blocks.append(([*words, vocabulary["assistant"], *told, tokenizer.eos_token_id], len(words)))
         bodies.append(blocks)
     length = start + max(sum(len(b) for b, _ in blocks) for blocks in bodies)
-    ids = np.full((len(rows), length), tokenizer.pad_token_id)
-    positions = np.zeros((len(rows), length), dtype=np.int64)
-    targets = np.full((len(rows), length), IGNORED)
-    block = np.full((len(rows), length), -2)  # -1 the image's part, -2 padding
-    blind = np.zeros((len(rows), length), dtype=bool)
+    ids = np.full((len(scenes), length), tokenizer.pad_token_id)
+    positions = np.zeros((len(scenes), length), dtype=np.int64)
+    targets = np.full((len(scenes), length), IGNORED)
+    block = np.full((len(scenes), length), -2)  # -1 the image's part, -2 padding
+    blind = np.zeros((len(scenes), length), dtype=bool)
+    of_caption = np.zeros((len(scenes), length), dtype=bool)
     ids[:, :start], positions[:, :start], block[:, :start] = prefix, np.arange(start), -1
     for r, blocks in enumerate(bodies):
         at = start
@@ -74,14 +82,15 @@ def asked(tokenizer: Any, image_token: int, image_tokens: int, rows: Sequence[li
             ids[r, at:end], block[r, at:end] = tokens, n
             positions[r, at:end] = start + np.arange(len(tokens))
             targets[r, at + words : end - 1] = tokens[words + 1 :]  # the answer and the end, each from the token before
-            blind[r, at:end] = rng.random() < BLIND
+            of_caption[r, at:end] = n == len(blocks) - 1
+            blind[r, at:end] = n < len(blocks) - 1 and rng.random() < BLIND
             at = end
     causal = np.tri(length, dtype=bool)[None]
     to_prefix = (block == -1)[:, None, :]
     hidden = to_prefix & (np.arange(length) >= 2)[None, None, :] & blind[:, :, None]
     allowed = causal & ((block[:, :, None] == block[:, None, :]) | to_prefix) & ~hidden
     mask = torch.where(torch.from_numpy(allowed)[:, None], 0.0, torch.finfo(torch.bfloat16).min)
-    return AskedBatch(torch.from_numpy(ids), torch.from_numpy(positions), mask, torch.from_numpy(targets))
+    return AskedBatch(*map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption)))
 
 
 class Taught(nn.Module):
@@ -115,7 +124,9 @@ class Taught(nn.Module):
         """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget."""
         caught: list[Any] = []
         tower = self.model.model.vision_tower
-        handle = tower.register_forward_hook(lambda module, inputs, output: caught.append((output.hidden_states, output.pooler_output)))
+        handle = tower.register_forward_hook(
+            lambda module, inputs, output: caught.append((output.hidden_states, output.pooler_output))
+        )
         try:
             features = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **image).pooler_output
         finally:
@@ -127,7 +138,8 @@ class Taught(nn.Module):
             inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).last_hidden_state
         told = batch.targets != IGNORED
-        loss = nn.functional.cross_entropy(self.model.lm_head(out[told]).float(), batch.targets[told])
+        each = nn.functional.cross_entropy(self.model.lm_head(out[told]).float(), batch.targets[told], reduction="none")
+        loss = each[~batch.of_caption[told]].mean() + each[batch.of_caption[told]].mean()
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
 
 

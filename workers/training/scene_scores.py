@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.data.scenes import KINDS, Question, Scene, ask, make_scene
+from workers.data.scenes import KINDS, Question, Scene, held_out_scene
 
-HELD_OUT_SEED = 20_250_101  # no training seed draws these scenes
 SCENES = 300
 DROPPED = 0.9
 
@@ -23,15 +22,23 @@ def held_out(size: int, scenes: int = SCENES) -> list[tuple[Scene, Question]]:
     """Scenes of one size in pixels, each with one question of every kind."""
     out = []
     for n in range(scenes):
-        rng = np.random.default_rng([HELD_OUT_SEED, size, n])
-        scene = make_scene(rng, size)
-        out += [(scene, ask(scene, kind, rng)) for kind in KINDS]
+        scene, questions = held_out_scene(size, n)
+        out += [(scene, q) for q in questions]
     return out
+
+
+def scenes_for(examples: int | None) -> int:
+    """How many scenes give about so many questions; all for None."""
+    return SCENES if examples is None else max(1, examples // len(KINDS))
 
 
 @torch.inference_mode()
 def score_scenes(
-    model: Any, processor: Any, say: Callable[[str, float | None], None] = lambda text, done: None, scenes: int = SCENES, size: int = 96
+    model: Any,
+    processor: Any,
+    say: Callable[[str, float | None], None] = lambda text, done: None,
+    scenes: int = SCENES,
+    size: int = 96,
 ) -> tuple[dict[str, float], int]:
     """Accuracy by kind of question, blind accuracy, and accuracy without 90 % of the image tokens drawn at random.
 
@@ -47,10 +54,14 @@ def score_scenes(
         inputs = processor(images=[scene.image] * len(rows), text=texts, return_tensors="pt", padding=True)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         keep = kept_at_random(inputs, model.config.image_token_id, start)
-        blind = processor.tokenizer([prompt(processor, q.text, False) for _, q in rows], return_tensors="pt", padding=True, add_special_tokens=False)
+        blind = processor.tokenizer(
+            [prompt(processor, q.text, False) for _, q in rows], return_tensors="pt", padding=True, add_special_tokens=False
+        )
         answers = [q.answer for _, q in rows]
         features = model.model.get_image_features(
-            pixel_values=inputs["pixel_values"][:1], **({"image_sizes": inputs["image_sizes"][:1]} if "image_sizes" in inputs else {}), return_dict=True
+            pixel_values=inputs["pixel_values"][:1],
+            **({"image_sizes": inputs["image_sizes"][:1]} if "image_sizes" in inputs else {}),
+            return_dict=True,
         ).pooler_output[0]
         right[""] += answered(model, processor, inputs["input_ids"], inputs["attention_mask"], features, answers)
         right["dropped "] += answered(
@@ -95,7 +106,9 @@ def answered(model: Any, processor: Any, ids: Tensor, mask: Tensor, features: Te
     embedded = model.get_input_embeddings()(ids)
     if features is not None:
         at = ids == model.config.image_token_id
-        embedded = embedded.masked_scatter(at[..., None].expand_as(embedded), features.to(embedded.dtype).expand(len(ids), -1, -1))
+        embedded = embedded.masked_scatter(
+            at[..., None].expand_as(embedded), features.to(embedded.dtype).expand(len(ids), -1, -1)
+        )
     logits = model(inputs_embeds=embedded, attention_mask=mask).logits
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     words = processor.tokenizer.convert_ids_to_tokens(logits[torch.arange(len(ids)), last].argmax(-1).tolist())

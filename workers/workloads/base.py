@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from studio_state.catalog import WorkloadCard
 from workers.cards import Declared
+from workers.data.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Item:
         id: stable within the workload and its options.
         prompt: what the model is given (before any chat template).
         task: ``generate`` new tokens; ``score`` the continuation's likelihood by the decode path;
-            ``choose`` the likeliest of several continuations.
+            ``choose`` the likeliest of several continuations; ``classify`` an image.
+        image: what the model is shown, where it can see.
         chat: wrap the prompt in the chat template, where the model has one and the spec allows it.
         continuations: texts to score; one for ``score``, several for ``choose``.
         prompt_ids, continuation_ids: token ids instead of text, where the workload cuts by tokens.
@@ -35,7 +37,8 @@ class Item:
 
     id: str
     prompt: str = ""
-    task: Literal["generate", "score", "choose"] = "generate"
+    task: Literal["generate", "score", "choose", "classify"] = "generate"
+    image: Picture | None = None
     chat: bool = True
     continuations: tuple[str, ...] = ()
     prompt_ids: tuple[int, ...] = ()
@@ -55,6 +58,8 @@ class ItemResult:
         token_ids: generated token ids.
         nll: per continuation the negative log-likelihood of each of its tokens, in nats.
         prompt_ids: the prompt as the model saw it.
+        ranked: classes and their probabilities, the likeliest first (``classify``).
+        data: what else came out, for the screen.
     """
 
     item: Item
@@ -62,6 +67,8 @@ class ItemResult:
     token_ids: list[int] = field(default_factory=list)
     nll: list[list[float]] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
+    ranked: list[tuple[str, float]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,13 @@ class ItemContext:
         tokenizer: the model's tokenizer (transformers), for families that have one.
         seed: the experiment's seed; the same seed gives the same items.
         context: the longest input the model was made for, in tokens (0 = unknown).
+        labels: names of the classes that the model tells apart, for classifiers.
     """
 
     tokenizer: Any
     seed: int = 0
     context: int = 0
+    labels: tuple[str, ...] = ()
 
 
 class Workload(Declared, ABC):

@@ -25,7 +25,7 @@ class PromptLookup(Policy):
         title="Prompt lookup",
         paper="Saxena 2023, Prompt Lookup Decoding",
         stage="decode",
-        families=("llm",),
+        families=("llm", "vlm"),
         workloads=("needle", "prompts", "speed"),
         owns=("decode.loop",),
         needs=("kv.rollback",),

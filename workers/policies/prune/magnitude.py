@@ -28,7 +28,7 @@ class Magnitude(Policy):
         title="Magnitude pruning",
         paper="arXiv:1710.01878",
         stage="prune",
-        families=("llm", "vlm"),
+        families=("llm", "vlm", "vit"),
         edits=("weights.mask",),
         effects={"weight_bytes": "same", "zero_weights": "up"},
         neutral={"sparsity": 0.0},

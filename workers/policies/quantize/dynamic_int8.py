@@ -34,7 +34,7 @@ class DynamicInt8(Policy):
         id="dynamic-int8",
         title="Dynamic int8",
         stage="quantize",
-        families=("llm", "vlm"),
+        families=("llm", "vlm", "vit"),
         owns=("weights.format",),
         effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},

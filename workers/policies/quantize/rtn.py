@@ -29,7 +29,7 @@ class RoundToNearest(Policy):
         id="rtn",
         title="Round-to-nearest",
         stage="quantize",
-        families=("llm", "vlm"),
+        families=("llm", "vlm", "vit"),
         owns=("weights.format",),
         effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},

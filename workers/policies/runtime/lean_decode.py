@@ -30,7 +30,7 @@ class LeanDecode(Policy):
         id="lean-decode",
         title="Lean decode",
         stage="runtime",
-        families=("llm",),
+        families=("llm", "vlm"),
         traits=("lean-shape",),
         owns=("runtime.step",),
         effects={"weight_bytes": "same", "kv_bytes": "same"},

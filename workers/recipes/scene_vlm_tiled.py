@@ -1,0 +1,156 @@
+"""The scene model with tiles: a larger image is seen as a whole and in four parts.
+
+Shapes: B scenes of 192 x 192 pixels, 5 views of 96 x 96 (whole image, 2 x 2 tiles) of 144 tokens each; with the
+line breaks between rows of tiles 144 + 24 x 25 = 744 image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from studio_state.catalog import Card, asset
+from studio_state.errors import StudioError
+from workers.data.scenes import Scene, make_scene
+from workers.methods import card, knob
+from workers.recipe import Recipe, Trained, hand_over
+from workers.training.loop import Schedule, TrainingRun, fit
+from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, normalized
+from workers.training.scene_scores import scenes_for, score_scenes
+from workers.training.word_tokenizer import IMAGE
+
+SIZE = 2 * VIEW
+GRID = [[VIEW, SIZE], [SIZE, VIEW], [SIZE, SIZE]]
+SIDE = VIEW // PATCH
+TOKENS = SIDE**2 + 2 * SIDE * (2 * SIDE + 1)
+DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
+
+
+class TiledSceneVLM(Recipe):
+    """Teach the scene model to look at larger scenes in tiles.
+
+    Liu et al. 2024 (LLaVA-NeXT): the image is seen as a whole, half as large, and in four tiles at full size, so
+    that shapes can be told apart in the tiles only. Starts from a trained ``scene-vlm``; its vision tower stays as it is.
+    """
+
+    card: ClassVar[Card] = card(
+        id="scene-vlm-tiled",
+        title="LLaVA-NeXT on scenes of coloured shapes",
+        kind="recipe",
+        families=("vlm",),
+        paper="arXiv:2310.03744",
+    )
+
+    start: str = knob("", help="folder of a trained scene-vlm; empty = the one that comes with the studio")
+    steps: int = knob(2500, ge=1, le=1_000_000, help="optimizer steps; more = better answers")
+    batch_size: int = knob(12, ge=1, le=4096, help="scenes a step, each with eight questions")
+    learning_rate: float = knob(8e-4, gt=0, le=0.1, help="highest learning rate")
+
+    def train(self, run: TrainingRun) -> Trained:
+        """Train projector, line break and language model; score on scenes that the training never drew."""
+        torch.manual_seed(run.seed)
+        folder = Path(self.start) if self.start else asset("zoo/scene-vlm")
+        model, ready = tiled(folder)
+        tokenizer = ready.tokenizer
+        taught = Taught(model)
+        for part in (model.model.vision_tower, taught.patch_head, taught.name_head, taught.count_head):
+            part.requires_grad_(False)
+
+        def answering(net: nn.Module, step: int) -> Tensor:
+            rng = run.rng("tiles", step)
+            scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
+            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng)
+            with torch.autocast("cpu", torch.bfloat16):
+                sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
+                return taught.answering_loss(batch, views(scenes), None, image_sizes=sizes)
+
+        schedule = Schedule(self.steps, self.learning_rate, warmup=min(200, self.steps // 10 + 1))
+        best = fit(run, "tiles", taught, schedule, answering).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        ready.save_pretrained(run.out)
+        scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples), SIZE)
+        return hand_over(
+            run,
+            self,
+            best,
+            steps={"tiles": self.steps},
+            scores=scores,
+            examples=examples,
+            data=DATA,
+            licence="Apache-2.0",
+            limits="It knows scenes of the kind it was trained on and the words of its six kinds of question; photographs mean nothing to it.",
+        )
+
+
+def tiled(folder: Path) -> tuple[Any, Any]:
+    """The scene model in a class that tiles images, and its processor.
+
+    Raises:
+        StudioError: the folder holds no scene model.
+    """
+    from transformers import (
+        AutoProcessor,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+    )
+
+    if not (folder / "config.json").is_file():
+        raise StudioError(f"{folder} holds no trained scene-vlm; train it first: pareto-studio train scene-vlm --out DIR")
+    base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    config = LlavaNextConfig(
+        vision_config=base.config.vision_config,
+        text_config=base.config.text_config,
+        image_grid_pinpoints=GRID,
+        **{
+            k: getattr(base.config, k)
+            for k in ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings")
+        },
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    if unexpected or set(missing) - {"model.image_newline"}:
+        raise StudioError(
+            f"{folder} is not a scene-vlm: its weights have other names than the tiled model's ({missing or unexpected})"
+        )
+    model.set_attn_implementation("eager")
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": VIEW},
+        crop_size={"height": VIEW, "width": VIEW},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_grid_pinpoints=GRID,
+    )
+    ready = LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+    return model, ready
+
+
+def views(scenes: Sequence[Scene]) -> Tensor:
+    """The five views of each scene [B, 5, 3, 96, 96], from -1 to 1, as the processor makes them."""
+    from PIL import Image
+
+    found: list[NDArray[np.uint8]] = []
+    for scene in scenes:
+        pixels = np.asarray(scene.image)
+        found.append(np.asarray(scene.image.resize((VIEW, VIEW), Image.Resampling.BICUBIC)))
+        found += [pixels[y : y + VIEW, x : x + VIEW] for y in (0, VIEW) for x in (0, VIEW)]
+    return normalized(np.stack(found)).unflatten(0, (len(scenes), 5))

@@ -1,0 +1,185 @@
+"""Training a recipe in this process: the folder it fills, what is told meanwhile, and how it is stopped.
+
+The request is one JSON object: ``{"recipe": ID, "out": FOLDER, "knobs": {...}, "seed": 0, "threads": null}``.
+Events go out as JSON lines: phases and notes, then ``finished``, ``cancelled`` or ``failed``. Closing
+standard input (or SIGINT, SIGTERM) stops between steps with the state kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from studio_state.errors import SpecError, StudioError
+from studio_state.events import Cancelled as CancelledEvent
+from studio_state.events import Failed, Finished, Note, Phase
+from workers.recipe import FACTS, make_recipe
+from workers.serve import Writer
+from workers.session import Cancelled
+from workers.training.loop import UNFINISHED, TrainingRun
+
+BEGUN, LOCK = "recipe.json", "lock"
+CHECK = "check"  # phase of a failure that is a refusal
+
+
+class Begun(BaseModel):
+    """What a folder is trained with; kept beside the unfinished state, so that nothing else goes on from it."""
+
+    model_config = ConfigDict(frozen=True)
+    recipe: str
+    knobs: dict[str, Any]
+    seed: int
+
+
+class Request(BaseModel):
+    """What to train, where to, on how many CPU threads (None = all cores)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recipe: str
+    out: Path
+    knobs: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)
+
+
+def train_once(text: str, out: IO[str], stdin: int | None = None, examples: int | None = None) -> int:
+    """Train what a request asks for; exit status 0 = the checkpoint is there, 2 = refused.
+
+    Args:
+        out: where the events go.
+        stdin: file descriptor whose end stops the training.
+        examples: score on about so many examples only.
+    """
+    writer, stop = Writer(out), threading.Event()
+    stop_at_the_end_of(stdin, stop)
+
+    def say(text: str, done: float | None) -> None:
+        try:
+            writer.write(Phase(name="run", done=done, text=text))
+        except OSError:  # nobody listens any more
+            stop.set()
+
+    try:
+        request = Request.model_validate_json(text)
+        recipe = make_recipe(request.recipe, request.knobs)
+        begun = Begun(recipe=request.recipe, knobs=recipe.model_dump(mode="json"), seed=request.seed)
+        stands = standing(request.out, begun)
+        if stands == "finished":
+            writer.write(
+                Note(text=f"{request.out} holds this already: {request.recipe} of the same knobs and seed; nothing was done")
+            )
+            writer.write(Finished())
+            return 0
+        torch.set_num_threads(request.threads or psutil.cpu_count(logical=False) or 1)
+        run = TrainingRun(request.out, request.seed, say, stop.is_set, examples)
+        with taken(request.out, begun):
+            if stands == "unfinished":
+                writer.write(Note(text=f"going on with what is unfinished in {request.out}"))
+            trained = recipe.train(run)
+    except ValidationError as e:
+        writer.write(Failed(message=f"this is no request to train: {e.errors()[0]['msg']}", phase=CHECK))
+        return 2
+    except SpecError as e:
+        writer.write(Failed(message=str(e), phase=CHECK, problems=[p.model_dump(mode="json") for p in e.problems]))
+        return 2
+    except Cancelled:
+        writer.write(CancelledEvent(message=f"stopped; the state is kept in {request.out / UNFINISHED}"))
+        return 1
+    except StudioError as e:
+        writer.write(Failed(message=str(e), phase="run"))
+        return 1
+    except Exception as e:
+        writer.write(
+            Failed(message=f"the training ended with {type(e).__name__}: {e}", phase="run", detail=traceback.format_exc())
+        )
+        return 1
+    writer.write(Finished(seconds=sum(trained.seconds.values())))
+    return 0
+
+
+def stop_at_the_end_of(stdin: int | None, stop: threading.Event) -> None:
+    """Set ``stop`` when standard input ends, or at SIGINT and SIGTERM; does nothing without a descriptor."""
+    if stdin is None:
+        return
+
+    def listen() -> None:
+        while os.read(stdin, 4096):
+            pass
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.set())
+    threading.Thread(target=listen, daemon=True).start()
+
+
+@contextmanager
+def taken(out: Path, begun: Begun) -> Iterator[None]:
+    """Have the folder for oneself; its unfinished state is removed where the training inside comes to its end.
+
+    Raises:
+        SpecError: another process trains into the folder.
+    """
+    unfinished = out / UNFINISHED
+    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(unfinished / LOCK).acquire(timeout=0)
+    except Timeout as e:
+        raise SpecError(f"another process trains into {out}; wait for it, or choose another folder") from e
+    with held:
+        part = unfinished / f"{BEGUN}.part"
+        part.write_text(begun.model_dump_json(indent=1) + "\n")
+        part.replace(unfinished / BEGUN)
+        yield
+        shutil.rmtree(unfinished)
+
+
+def standing(out: Path, wanted: Begun) -> Literal["new", "unfinished", "finished"]:
+    """How far the folder is with what is wanted.
+
+    Raises:
+        SpecError: it holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise SpecError(f"{out} is a file; give a new or empty folder")
+    state = out / UNFINISHED
+    if any(state.glob("*.pt")) and (before := begun_in(state / BEGUN)):
+        if differs := difference(before, wanted):
+            raise SpecError(f"{out} holds an unfinished training with {differs}; give the same again, or another folder")
+        return "unfinished"
+    if before := begun_in(out / FACTS):
+        if differs := difference(before, wanted):
+            raise SpecError(f"{out} holds a checkpoint that was trained with {differs}; give another folder")
+        return "finished"
+    before_any_step = {p for p in state.glob("*") if p.name in (BEGUN, LOCK) or p.suffix == ".part"}
+    if any(p.is_file() and p not in before_any_step for p in out.rglob("*")):
+        raise SpecError(f"{out} holds something else than a checkpoint of {wanted.recipe}; give a new or empty folder")
+    return "new"
+
+
+def begun_in(path: Path) -> Begun | None:
+    """What a folder was trained with, from one of its two records; None where there is none that can be read."""
+    try:
+        return Begun.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def difference(before: Begun, wanted: Begun) -> str:
+    """In what a training differs from the one that is wanted, in words; empty if in nothing."""
+    if before.recipe != wanted.recipe:
+        return f"recipe {before.recipe}, not {wanted.recipe}"
+    names = dict.fromkeys((*wanted.knobs, *before.knobs))
+    changed = [(n, before.knobs.get(n), wanted.knobs.get(n)) for n in names if before.knobs.get(n) != wanted.knobs.get(n)]
+    return " and ".join(f"{n} {a}, not {b}" for n, a, b in [("seed", before.seed, wanted.seed), *changed] if a != b)
