@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app import race_charts, race_outputs, race_view
+from app import race_charts, race_images, race_outputs, race_view
 from app.dispatch.job import owner_mark
 from app.race import Race
 from studio_state.events import Event
@@ -153,10 +153,17 @@ class Races:
                 out[name] = text
             return out
 
+    def pictures(self, experiment: str, since: int, item: str | None, ahead: Collection[str]) -> dict[str, Any]:
+        """What is new in the grid of pictures (see :func:`race_images.gallery`)."""
+        with self._lock:
+            race = self._races.get(experiment)
+            return race_images.gallery(race, since, item, ahead) if race else {"upto": since, "rows": []}
+
 
 _SECTIONS: dict[str, Callable[[Race, str | None], Any]] = {
     "lanes": lambda race, item: race_view.lanes(race),
     "streams": race_outputs.streams,
+    "images": race_images.images,
     "charts": race_charts.charts,
     "kept": race_outputs.kept,
     "table": lambda race, item: race_view.table(race),
@@ -175,14 +182,21 @@ class Viewer:
         self._told: dict[str, str] = {}
         self.experiment = ""
         self.item: str | None = None
+        self.seen = -1
+        self._ahead: set[str] = set()
 
     def ask(self, message: Any) -> None:
-        """Change what is looked at: ``{"watch": experiment, "item": id or null}``. Anything else is ignored."""
+        """Change what is looked at: ``{"watch": experiment, "item": id or null, "seen": upto}``. Anything else is ignored.
+
+        ``seen`` is how far the page knows the pictures of this experiment, from a connection that it lost.
+        """
         if not isinstance(message, dict):
             return
         experiment, item = message.get("watch", ""), message.get("item")
         if isinstance(experiment, str) and len(experiment) <= 100 and experiment != self.experiment:
-            self.experiment, self._told = experiment, {}
+            seen = message.get("seen")
+            self.experiment, self._told, self._ahead = experiment, {}, set()
+            self.seen = seen if isinstance(seen, int) else -1
         self.item = item if isinstance(item, str) and len(item) <= 200 else None
 
     def news(self) -> str:
@@ -192,7 +206,15 @@ class Viewer:
             now |= self._races.sections(self.experiment, self.item, self._visitor)
         changed = {name: text for name, text in now.items() if self._told.get(name) != text}
         self._told |= changed
+        changed |= self._pictures()
         return "{" + ",".join(f'"{name}":{text}' for name, text in changed.items()) + "}" if changed else ""
+
+    def _pictures(self) -> dict[str, str]:
+        """Pictures and marks that the page does not have yet; each picture goes out once, not with every look."""
+        new = self._races.pictures(self.experiment, self.seen, self.item, self._ahead)
+        self.seen = new["upto"]
+        self._ahead |= {row["id"] for row in new["rows"] if "src" in row}
+        return {"pictures": _dump(new)} if new["rows"] else {}
 
 
 def same_host(connection: HTTPConnection) -> bool:
@@ -231,7 +253,15 @@ def routes(tokens: Tokens, races: Races) -> list[BaseRoute]:
         if visitor is None or not allowed:
             return JSONResponse({"error": "this page is not known to the studio; reload it"}, status_code=403)
         viewer = Viewer(races, visitor)
-        viewer.ask({"watch": request.query_params.get("watch", ""), "item": request.query_params.get("item")})
+        query = request.query_params
+        seen = query.get("seen", "")
+        viewer.ask(
+            {
+                "watch": query.get("watch", ""),
+                "item": query.get("item"),
+                "seen": int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 16 else -1,
+            }
+        )
         return Response(await asyncio.to_thread(viewer.news) or "{}", media_type="application/json")
 
     return [WebSocketRoute("/live/{token}", live), Route("/live/{token}/poll", poll)]

@@ -18,6 +18,7 @@ RATIO_METRICS = (
     "decode_tokens_per_s",
     "score_tokens_per_s",
     "prefill_tokens_per_s",
+    "images_per_s",
     "ttft_s",
     "end_to_end_s",
     "weight_bytes",
@@ -26,7 +27,7 @@ RATIO_METRICS = (
     "perplexity",
     "accuracy",
 )
-PACE_METRICS = ("decode_tokens_per_s", "score_tokens_per_s", "accuracy", "nll")
+PACE_METRICS = ("decode_tokens_per_s", "score_tokens_per_s", "accuracy", "images_per_s", "nll")
 
 
 def charts(race: Race, item_id: str | None) -> list[Chart]:
@@ -184,6 +185,7 @@ def _ratio_summary(race: Race) -> str:
     for name, word in (
         ("decode_tokens_per_s", "decode speed"),
         ("score_tokens_per_s", "scoring speed"),
+        ("images_per_s", "image speed"),
         ("weight_bytes", "weights"),
         ("kv_bytes", "KV cache"),
     ):

@@ -7,11 +7,14 @@ from typing import Any
 from app.components.lanes import lane_colour, lane_mark
 from app.race import Race
 from app.race_diff import diff, runs
+from app.race_images import bars
 from app.race_names import name_of
 from app.race_parts import Item, Stream
-from studio_state.events import Kept
+from studio_state.events import Kept, Output
 
 Section = dict[str, Any]
+
+SHORT = 32  # characters of an answer that is read at a glance
 
 
 def shown_item(race: Race, item_id: str | None, lane: int) -> Item | None:
@@ -56,6 +59,9 @@ def _text(race: Race, item: Item | None, lane: int, reference: int, current: Ite
         elif against.outcome and stream.outcome:
             note = f"all {d.total} tokens equal"
     out = stream.outcome
+    short = item.picture is not None and out is not None and len(out.text.strip()) <= SHORT
+    if short and lane != reference:
+        note = _agrees(race, out, against.outcome if against else None)
     if not parts and out is not None and out.text:
         parts = [(out.text, "same")]
     return {
@@ -66,7 +72,18 @@ def _text(race: Race, item: Item | None, lane: int, reference: int, current: Ite
         "correct": out.correct if out else None,
         "expected": out.expected if out else None,
         "earlier": "" if item is current else f"item {item.index + 1}",
+        "short": short,
+        "item": item.id,
+        "bars": bars(out) if out else [],
     }
+
+
+def _agrees(race: Race, mine: Output | None, theirs: Output | None) -> str:
+    """Whether a short answer is the reference's, in words."""
+    if mine is None or theirs is None:
+        return ""
+    same = mine.text.strip() == theirs.text.strip()
+    return f"{'same as' if same else 'differs from'} {name_of(race, race.spec.reference if race.spec else 0).lower()}"
 
 
 def kept(race: Race, item_id: str | None) -> Section:

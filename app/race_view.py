@@ -21,6 +21,7 @@ Section = dict[str, Any]
 COLUMN_METRICS = (
     "decode_tokens_per_s",
     "score_tokens_per_s",
+    "images_per_s",
     "ttft_s",
     "end_to_end_s",
     "perplexity",
@@ -126,6 +127,9 @@ def _speed_now(race: Race, lane: int) -> Section | None:
     if race.over and names:
         text, unit = metric_quantity(names[0], race.lanes[lane].value(names[0]))
         return {"text": text, "unit": unit, "when": "scored" if names[0].startswith("score") else "decoded"}
+    if "images_per_s" in race.lanes[lane].sources:
+        text, unit = metric_quantity("images_per_s", race.lanes[lane].value("images_per_s"))
+        return {"text": text, "unit": unit, "when": "" if race.over else "so far"}
     item = shown_item(race, None, lane)
     speed = item.streams[lane].tokens_per_s() if item else None
     if speed is None:

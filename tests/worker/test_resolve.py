@@ -20,7 +20,7 @@ from studio_state.errors import ModelError, StudioError, Unavailable
 from tests import tiny
 from tests.hub_server import COMMIT
 from workers.models.info import model_info
-from workers.models.load import load_llm
+from workers.models.load import load_model
 from workers.models.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def load_everything(name: str) -> None:
     """All that an experiment does with a model before it runs."""
     resolved = resolve(name)
     model_info(resolved)
-    load_llm(resolved, torch.float32)
+    load_model(resolved, torch.float32)
 
 
 def refused(name: str | Path, error: type[StudioError] = ModelError) -> str:
@@ -73,7 +73,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 def test_folders_load_and_say_what_they_are(make: Callable[[], Path], traits: str) -> None:
     resolved = resolve(str(make()))
     info = model_info(resolved)
-    model, tokenizer = load_llm(resolved, torch.float32, attn_implementation="eager")
+    model, tokenizer, _ = load_model(resolved, torch.float32, attn_implementation="eager")
     config = model.config
     assert (info.family, info.architecture, info.traits) == ("llm", type(model).__name__, tuple(traits.split()))
     assert (info.layers, info.hidden, info.heads, info.vocab) == (
@@ -97,7 +97,7 @@ def test_a_sharded_folder_loads_the_same_weights(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     resolved = resolve(str(tmp_path))
     assert model_info(resolved).parameters == whole.num_parameters()
-    loaded = load_llm(resolved, torch.float32).model.state_dict()
+    loaded = load_model(resolved, torch.float32).model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in whole.state_dict().items())
     next(iter(tmp_path.glob("model-*.safetensors"))).unlink()
     assert "lacks 1 of its" in refused(tmp_path)
@@ -108,7 +108,7 @@ def test_a_gguf_file_loads_through_the_same_call(by_folder: bool) -> None:
     file = tiny.gguf_llama()
     resolved = resolve(str(file.parent if by_folder else file))
     info = model_info(resolved)
-    model, tokenizer = load_llm(resolved, torch.float32)
+    model, tokenizer, _ = load_model(resolved, torch.float32)
     assert info.traits == ("4-bit-source", "chat-template", "gqa", "lean-shape", "rope")
     assert info.note == "The weights come from a 4-bit (Q4_1) file, de-quantised."
     assert (info.licence, info.title) == ("apache-2.0", "tiny llama")
@@ -140,7 +140,7 @@ def test_a_tied_head_that_is_stored_as_well_counts_once(copy: Path) -> None:
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     edit_config(copy, tie_word_embeddings=True)
     resolved = resolve(str(copy))
-    assert model_info(resolved).parameters == sum(p.numel() for p in load_llm(resolved, torch.float32).model.parameters())
+    assert model_info(resolved).parameters == sum(p.numel() for p in load_model(resolved, torch.float32).model.parameters())
 
 
 # --- what is refused

@@ -20,7 +20,7 @@ from studio_state.errors import ModelError
 from studio_state.zoo import InRepo, LocalFolder, PackageFile, ZooEntry, entries, home, location, read_manifest
 from tests import tiny
 from workers.models.info import model_info
-from workers.models.load import load_llm
+from workers.models.load import load_model
 from workers.models.resolve import resolve
 from workers.models.zoo import fetch, is_cached, list_entries
 
@@ -129,7 +129,7 @@ def test_the_manifest_holds_the_checksums_and_the_copy_works_alone(index: Path, 
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert fetch(entry, cache_root=cache) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    model, tokenizer = load_llm(resolve(str(folder)), torch.float32)
+    model, tokenizer, _ = load_model(resolve(str(folder)), torch.float32)
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
     assert model.num_parameters() == 139_584
 
@@ -238,7 +238,7 @@ def test_the_demo_model_speaks() -> None:
     assert (info.family, info.parameters, info.layers, info.heads, info.kv_heads) == ("llm", 134_515_008, 30, 9, 3)
     assert info.traits == ("4-bit-source", "chat-template", "gqa", "lean-shape", "rope", "tied-embeddings")
     assert "4-bit (Q4_1) file, de-quantised" in info.note
-    model, tokenizer = load_llm(resolved, torch.float32)
+    model, tokenizer, _ = load_model(resolved, torch.float32)
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

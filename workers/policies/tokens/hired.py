@@ -95,8 +95,8 @@ class HiRED(Policy):
         marked = torch.zeros(cells, device=first.device)
         marked[first.sort(descending=True, stable=True).indices[: int(cells * (1 - self.alpha))]] = 1.0
         counts = self.marks(marked, views - 1, side, tiles)
-        share = counts / counts.sum().clamp_min(1)
-        tiled = [min(int(rest * float(s)), cells) for s in share]
+        marks = max(1.0, float(counts.sum()))
+        tiled = [min(int(rest * c / marks + 1e-6), cells) for c in counts.tolist()]  # whole numbers stay whole
         return [whole if whole or any(tiled) else 1, *tiled]
 
     def marks(self, marked: Tensor, tiles: int, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
