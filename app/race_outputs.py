@@ -60,7 +60,7 @@ def _text(race: Race, item: Item | None, lane: int, reference: int, current: Ite
             note = f"all {d.total} tokens equal"
     out = stream.outcome
     short = item.picture is not None and out is not None and len(out.text.strip()) <= SHORT
-    if short and lane != reference:
+    if short and out is not None and out.text and lane != reference:
         note = _agrees(race, out, against.outcome if against else None)
     if not parts and out is not None and out.text:
         parts = [(out.text, "same")]

@@ -127,7 +127,7 @@ def _speed_now(race: Race, lane: int) -> Section | None:
     if race.over and names:
         text, unit = metric_quantity(names[0], race.lanes[lane].value(names[0]))
         return {"text": text, "unit": unit, "when": "scored" if names[0].startswith("score") else "decoded"}
-    if "images_per_s" in race.lanes[lane].sources:
+    if not names and "images_per_s" in race.lanes[lane].sources:
         text, unit = metric_quantity("images_per_s", race.lanes[lane].value("images_per_s"))
         return {"text": text, "unit": unit, "when": "" if race.over else "so far"}
     item = shown_item(race, None, lane)

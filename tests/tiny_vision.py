@@ -38,8 +38,12 @@ IDEFICS_TOKENS = (
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def llava_folder() -> Path:
-    """LLaVA: CLIP tower for 64 pixels in patches of 8 (64 image tokens), the shorter edge resized, the middle cut out."""
+def llava_folder(layers: int = 2) -> Path:
+    """LLaVA: CLIP tower for 64 pixels in patches of 8 (64 image tokens), the shorter edge resized, the middle cut out.
+
+    Args:
+        layers: of the language model.
+    """
 
     def make(folder: Path) -> Any:
         from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -55,11 +59,13 @@ def llava_folder() -> Path:
             chat_template=words.chat_template,
         ).save_pretrained(folder)
         config = LlavaConfig(
-            vision_config=_clip_tower(), text_config=_llama(words), image_token_index=words.convert_tokens_to_ids("<image>")
+            vision_config=_clip_tower(),
+            text_config={**_llama(words), "num_hidden_layers": layers},
+            image_token_index=words.convert_tokens_to_ids("<image>"),
         )
         return LlavaForConditionalGeneration(config)
 
-    return _folder("llava", make)
+    return _folder("llava" if layers == 2 else f"llava-{layers}", make)
 
 
 def llava_next_folder() -> Path:

@@ -7,12 +7,13 @@
    * @param open   async () -> token
    * @param take   (sections) called with what changed
    * @param state  ('live' | 'polling' | 'lost') called when the way changes
+   * @param seen   () -> how far the pictures have come
    */
-  PS.liveFeed = (root, { open, take, state }) => {
+  PS.liveFeed = (root, { open, take, state, seen }) => {
     let token = null, socket = null, wish = { watch: '', item: null }, failed = 0, opened = false, timer = null;
 
     const address = (rest) => new URL(`live/${token}${rest}`, document.baseURI.replace(/[?#].*$/, '')).href;
-    const ask = () => { if (socket?.readyState === 1) socket.send(JSON.stringify(wish)); };
+    const ask = () => { if (socket?.readyState === 1) socket.send(JSON.stringify({ ...wish, seen: seen() })); };
 
     async function connect() {
       clearTimeout(timer);
@@ -33,7 +34,7 @@
     async function poll() {
       if (!root.isConnected) return;
       try {
-        const query = new URLSearchParams({ watch: wish.watch, ...(wish.item === null ? {} : { item: wish.item }) });
+        const query = new URLSearchParams({ watch: wish.watch, seen: seen(), ...(wish.item === null ? {} : { item: wish.item }) });
         const answer = await fetch(address(`/poll?${query}`));
         if (answer.status === 403) { token = null; return again(); }
         state('polling');

@@ -58,17 +58,22 @@
   const sign = (verdict) => (SIGNS[verdict] ? el('span', { class: 'lr-sign', role: 'img', 'aria-label': verdict, title: verdict }, SIGNS[verdict]) : '');
 
   /** The text of each lane for the item in view, differences to the reference marked. */
-  PS.laneTexts = (place, data, choose, chosen) => {
+  PS.laneTexts = (place, picker, data, choose, chosen, store) => {
     const s = data.streams;
     for (const node of place.children) {
       const mine = s?.lanes?.find((l) => l.lane === Number(node.dataset.laneIndex)), box = node.querySelector('.lr-text');
+      box.classList.toggle('lr-short', Boolean(mine?.short));
       if (!mine) { box.replaceChildren(); continue; }
+      if (mine.bars?.length) {
+        const src = store.source(mine.item);
+        PS.redraw(box, [mine, Boolean(src)], () => [PS.classBars(mine, src), el('p', { class: 'ps-quiet' }, judged(mine))]);
+        continue;
+      }
+      delete box.__shown;
       const out = el('p', { class: `lr-out${mine.live ? ' lr-typing' : ''}`, tabindex: 0, role: 'group', 'aria-label': 'Output' }, mine.runs.map(([text, kind]) => (kind === 'same' ? text : el(kind === 'added' ? 'mark' : 'del', { title: kind === 'added' ? 'not in the baseline' : 'only in the baseline' }, text))));
       box.replaceChildren(out, el('p', { class: 'ps-quiet' }, judged(mine)));
       if (mine.live) out.scrollTop = out.scrollHeight;
     }
-    let picker = place.previousElementSibling?.classList.contains('lr-picker') ? place.previousElementSibling : null;
-    if (!picker) { picker = el('div', { class: 'lr-picker' }); place.before(picker); }
     PS.itemPicker(picker, s, choose, chosen);
   };
 

@@ -8,19 +8,38 @@
     const { owner, host } = PS.visitor();
     let data = {}, watching = '', item = null, spoken = '', lost = 'live', keptLane = null, busy = '';
 
+    const store = PS.pictureStore(), panels = PS.imagePanels(part('images'));
+    const choose = (id) => { item = id; feed.watch(watching, item); }, gallery = PS.gallery(part('gallery'), choose);
+
     const feed = PS.liveFeed(root, {
       open: async () => (await server.open_live({ owner, host })).token,
-      take: (sections) => { data = { ...data, ...sections }; Object.keys(sections).forEach((name) => dirty.add(name)); draw(); },
+      take({ pictures, ...sections }) {
+        data = { ...data, ...sections };
+        Object.keys(sections).forEach((name) => dirty.add(name));
+        if (pictures && pictures.experiment === watching) arrived(pictures);
+        draw();
+      },
       state: (how) => { if (how !== lost) { lost = how; dirty.add('head'); draw(); } },
+      seen: () => store.upto,
     });
-    const dirty = new Set(['jobs', 'head', 'lanes', 'streams', 'charts', 'kept', 'table']);
+    const SECTIONS = ['head', 'lanes', 'streams', 'images', 'charts', 'kept', 'table'];
+    const dirty = new Set(['jobs', ...SECTIONS]);
+
+    function arrived(pictures) {
+      store.take(pictures);
+      gallery.take(pictures);
+      dirty.add('images');
+      if (data.streams?.lanes.some((lane) => lane.bars?.length)) dirty.add('streams');
+    }
 
     function look(experiment, push) {
       if (experiment === watching) return;
       watching = experiment;
       item = null;
       data = { jobs: data.jobs };
-      ['head', 'lanes', 'streams', 'charts', 'kept', 'table'].forEach((name) => dirty.add(name));
+      SECTIONS.forEach((name) => dirty.add(name));
+      store.clear();
+      gallery.clear();
       part('charts').replaceChildren();
       const others = part('jobs').querySelector('details');
       if (others) others.open = false;
@@ -29,8 +48,6 @@
       feed.watch(experiment, item);
       draw();
     }
-    const choose = (id) => { item = id; feed.watch(watching, item); };
-
     const draw = PS.framed(() => {
       for (const name of dirty) drawers[name]?.();
       dirty.clear();
@@ -59,8 +76,16 @@
         if (h.over && place.dataset.status !== h.status) trigger('stop');      // a new run to judge the time by
         place.dataset.status = h.status;
       },
-      lanes: () => PS.laneColumns(part('lanes'), data, choose),
-      streams: () => PS.laneTexts(part('lanes'), data, choose, item),
+      lanes() {
+        PS.laneColumns(part('lanes'), data, choose);
+        gallery.draw(data.lanes || []);
+      },
+      streams: () => PS.laneTexts(part('lanes'), part('picker'), data, choose, item, store),
+      images() {
+        PS.questionAsked(part('question'), data.images, store);
+        panels(data.images, store);
+        gallery.draw(data.lanes || [], data.images?.item || null);
+      },
       charts() {
         const place = part('charts'), wanted = data.charts || [];
         const figures = wanted.map((c) => PS.chart(c, place.querySelector(`[data-chart="${c.id}"]`)));

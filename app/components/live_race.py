@@ -14,7 +14,11 @@ TEMPLATE = """
   <h2 class="ps-hidden">Race</h2>
   <div class="lr-jobs"></div>
   <div class="lr-head"></div>
+  <div class="lr-picker"></div>
+  <div class="lr-question"></div>
   <div class="lr-lanes" role="group" aria-label="Lanes"></div>
+  <div class="lr-images" role="group" aria-label="Pictures"></div>
+  <div class="lr-gallery"></div>
   <div class="lr-charts" role="group" aria-label="Charts"></div>
   <div class="lr-kept"></div>
   <div class="lr-table"></div>

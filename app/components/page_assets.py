@@ -15,6 +15,9 @@ SCRIPTS = (
     "live_charts.js",
     "live_feed.js",
     "live_parts.js",
+    "live_tokens.js",
+    "live_images.js",
+    "live_gallery.js",
     "live_race.js",
     "facts.js",
     "vega_chart.js",
@@ -23,7 +26,7 @@ SCRIPTS = (
     "library.js",
     "papers.js",
 )
-STYLES = ("page.css", "pipeline_editor.css", "live_race.css", "compare.css", "library.css", "papers.css")
+STYLES = ("page.css", "pipeline_editor.css", "live_race.css", "live_images.css", "compare.css", "library.css", "papers.css")
 
 
 def head() -> str:

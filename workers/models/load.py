@@ -118,12 +118,16 @@ def load_inputs(resolved: Resolved, kind: str) -> tuple[Any, Any]:
     if kind == "llm":
         return load_tokenizer(resolved), None
     word, loader = ("image processor", AutoImageProcessor) if kind == "vit" else ("processor", processor_class(resolved))
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any((resolved.path / name).is_file() for name in files):
+        raise ModelError(
+            f"{resolved.name} has neither {' nor '.join(files)}, which say how its images are prepared; copy them from the model's source"
+        )
     try:
         images = loader.from_pretrained(resolved.path, local_files_only=True, trust_remote_code=resolved.trust_remote_code)
     except Exception as e:
         raise ModelError(
-            f"{resolved.name} has no {word} that can be loaded ({first_line(e)}); put preprocessor_config.json "
-            f"{'and processor_config.json ' if kind == 'vlm' else ''}into its folder"
+            f"{resolved.name} has no {word} that can be loaded ({first_line(e)}); copy its files from the model's source again"
         ) from e
     if kind == "vit":
         return None, images
