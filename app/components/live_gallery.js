@@ -1,7 +1,7 @@
 // All pictures of a race as a grid: marks of every lane on each, a filter, and one choice that is also the item picker's.
 (() => {
   const PS = window.ParetoStudio, { el, button } = PS;
-  const SIGNS = { right: '✓', wrong: '✗', done: '·' };
+  const SIGNS = { right: '✓', wrong: '✗', done: '' };
   const FILTERS = [['all', 'all', () => true], ['wrong', 'wrong in some lane', (row) => row.states.includes('wrong')], ['differ', 'lanes differ', (row) => row.differs.some(Boolean)]];
 
   PS.gallery = (place, choose) => {
@@ -87,7 +87,7 @@
           if (!grid.contains(document.activeElement)) rove(tiles.get(chosen)?.node.firstChild || visible()[0]);
         }
         if (tiles.size < 2) return place.replaceChildren();
-        if (!place.children.length) place.replaceChildren(el('figure', { class: 'lr-chart lg' }, el('figcaption', {}, el('h3', {}, 'Images')), filters, grid, none, key));
+        if (!place.children.length) place.replaceChildren(el('figure', { class: 'lr-chart lg-all' }, el('figcaption', {}, el('h3', {}, 'Images')), filters, grid, none, key));
         show();
       },
       clear() { tiles.clear(); grid.replaceChildren(); filter = 'all'; chosen = null; place.replaceChildren(); },

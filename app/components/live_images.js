@@ -74,7 +74,10 @@
     };
 
     function legend() {
-      const lanes = images.lanes.filter((lane) => lane.share.length), some = (test) => lanes.some((lane) => lane.share.some(test));
+      const lanes = images.lanes.filter((lane) => lane.share.length), some = (test) => lanes.some((lane) => {
+        const merged = new Set([...PS.mergedGroups(lane.group).values()].flat());
+        return lane.share.some((share, i) => !merged.has(i) && test(share));
+      });
       const words = lanes.length ? ['clear: kept', some((s) => s === 0) && 'hatched: dropped', some((s) => s > 0 && s < 0.9995) && 'lightly hatched: dropped part of the way through the layers',
         lanes.some((lane) => PS.mergedGroups(lane.group).size) && 'one outline and tint: merged into one token'].filter(Boolean) : [];
       key.textContent = words.length > 1 ? words.join(' · ') : '';

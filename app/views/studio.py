@@ -141,7 +141,9 @@ def wire_setup(page: StudioPage, events: StudioEvents) -> None:
     begun = [page.model, page.model_facts, *work, page.settings]
     page.editor.edit(events.edited, [page.model, page.workload, page.settings], begun, **DIRECT).then(
         *tell_editor, **DIRECT
-    ).then(events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE).then(*tell_editor, **DIRECT)
+    ).then(events.describe_workload, page.workload, page.workload_facts, **DIRECT).then(
+        events.look_up, page.everything, page.model_facts, concurrency_limit=2, **PRIVATE
+    ).then(*tell_editor, **DIRECT)
     page.editor.change(*estimate, trigger_mode="always_last", **DIRECT)
     page.live.stop(*estimate, **DIRECT)
 

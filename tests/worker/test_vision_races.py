@@ -165,3 +165,20 @@ def test_something_else_than_an_image_is_refused_before_anything_runs(tmp_path: 
     events, _ = race(tiny_vision.llava_folder(), "vqa", {"source": str(tmp_path / "p"), "question": "What is it?"})
     assert "a.jpg" in failed(events)
     assert not [e for e in events if e.event == "item"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["llava_folder", "llava_next_folder", "smolvlm_folder"])
+def test_tokens_merged_in_the_encoder_of_a_model_that_reads(name: str, tmp_path: Path) -> None:
+    folder = getattr(tiny_vision, name)()
+    options = {"source": str(pictures(tmp_path / "p")), "question": "What is it?"}
+    events, results = race(folder, "vqa", options, "tome:keep=0.5", max_new_tokens=2, eos="ignore", batch=2)
+    assert [lane.status for lane in results.lanes] == ["finished"] * 2, [lane.message for lane in results.lanes]
+    all_tokens, left = (results.lanes[i].value("visual_tokens") for i in (0, 1))
+    assert all_tokens
+    assert left
+    if name == "smolvlm_folder":  # a token is of several patches: all of them still enter
+        assert left == all_tokens
+    else:
+        assert 0.4 * all_tokens < left < 0.7 * all_tokens  # line breaks between tiles stay
+    for e in (e for e in events if isinstance(e, ImageTokens) and e.lane == 1):
+        assert e.level == []

@@ -105,12 +105,14 @@ class Selector:
         choose: (tokens, share) -> what stays; a function of these alone, so that other shares can be tried afterwards.
         noting: where the policy's hooks in the encoder note what ``choose`` will find as ``noted`` of the tokens. The
             next image overwrites it.
+        ranked: its choice depends on the share; False where it only hands on what was merged before.
     """
 
     policy: str
     keep: float
     choose: Choose
     noting: Mapping[str, Tensor] = field(default_factory=dict)
+    ranked: bool = True
 
 
 @dataclass
@@ -135,10 +137,10 @@ class ImageRecord:
 
 @contextmanager
 def selecting(
-    session: Session, policy: str, keep: float, choose: Choose, noting: Mapping[str, Tensor] | None = None
+    session: Session, policy: str, keep: float, choose: Choose, noting: Mapping[str, Tensor] | None = None, ranked: bool = True
 ) -> Iterator[None]:
     """Have image tokens chosen before they enter the language model (see :class:`Selector`)."""
-    with session.hooked(session.selectors, Selector(policy, keep, choose, {} if noting is None else noting)):
+    with session.hooked(session.selectors, Selector(policy, keep, choose, {} if noting is None else noting, ranked)):
         yield
 
 
@@ -162,7 +164,8 @@ def select(session: Session, visual: Visual, record: ImageRecord) -> tuple[Tenso
         changed = dropped if chosen.features is None else dropped + 1
         if changed:
             session.did(selector.policy, changed)
-        record.rank = partial(levels, selector, visual, index, len(record.share))
+        if selector.ranked:
+            record.rank = partial(levels, selector, visual, index, len(record.share))
         if chosen.group is not None:
             record.group = widened(chosen.group, index, len(record.share))
         features = visual.features[chosen.index] if chosen.features is None else chosen.features

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from workers.models.onnx_file import OnnxGraph, read_onnx
 from workers.models.saliency import HEAD_FILE, SaliencyHead, fill, misfits
 
 SIDE = 224  # of the images that the weights were fine-tuned on
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 384,
     "num_hidden_layers": 12,
     "num_attention_heads": 6,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studio_state.errors import ModelError
+from workers.models.talk import first_line
 
 Value = int | memoryview
 
@@ -67,9 +68,8 @@ def read_onnx(file: Path) -> OnnxGraph:
         if len(graphs) != 1:
             raise _Damage(f"it holds {len(graphs)} graphs, expected 1")
         return _graph(graphs[0])
-    except (_Damage, UnicodeDecodeError) as e:
-        reason = "a name is not text" if isinstance(e, UnicodeDecodeError) else str(e)
-        raise ModelError(f"{file} is not an ONNX file, or truncated or damaged ({reason}); download it again") from e
+    except (_Damage, ValueError, OverflowError) as e:  # the last two: a name that is no text, a shape that cannot be
+        raise ModelError(f"{file} is not an ONNX file, or truncated or damaged ({first_line(e)}); download it again") from e
 
 
 def _graph(data: memoryview) -> OnnxGraph:

