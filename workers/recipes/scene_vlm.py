@@ -5,6 +5,7 @@ Shapes: B scenes, 96 x 96 pixels, patch 8 gives 144 image tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,11 @@ from workers.data.scenes import WORDS, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, mixed_view, normalized, views_of, whole
+from workers.training.scene_lessons import PATCH, VIEW, Lesson, Taught, asked, mixed_view, normalized, views_of, whole
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE, word_tokenizer
 
+PHASES: dict[Lesson, str] = {"describe": "answer", "relate": "relate"}
 TOKENS = (VIEW // PATCH) ** 2
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
@@ -27,8 +29,9 @@ class SceneVLM(Recipe):
     """Train a LLaVA model on scenes of coloured shapes.
 
     Liu et al. 2023, arXiv:2304.08485: a CLIP vision tower, a two-layer projector and a Llama
-    language model, 1.6 M parameters in all. First the tower learns what lies under each patch and
-    (through CLS) in the whole view; then everything learns to answer. New scenes every step.
+    language model, 1.5 M parameters in all. First the tower learns what lies under each patch and
+    (through CLS) in the whole view; then everything learns to describe and to answer, and at last to relate.
+    New scenes every step.
     """
 
     card: ClassVar[Card] = card(
@@ -37,6 +40,9 @@ class SceneVLM(Recipe):
 
     see_steps: int = knob(1500, ge=1, le=1_000_000, help="steps of the vision tower alone; more = shapes are learned more surely")
     steps: int = knob(7000, ge=1, le=1_000_000, help="steps of the whole model; more = better answers")
+    relate_steps: int = knob(
+        2500, ge=1, le=1_000_000, help="further steps with the places of named objects; more = better relations"
+    )
     batch_size: int = knob(24, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(1.2e-3, gt=0, le=0.1, help="highest learning rate")
     layers: int = knob(4, ge=2, le=48, help="layers of the tower and of the language model; more = slower and better")
@@ -58,16 +64,21 @@ class SceneVLM(Recipe):
 
         fit(run, "see", taught, Schedule(self.see_steps, self.learning_rate, warmup=min(200, self.see_steps // 5 + 1)), seeing)
 
-        def answering(net: nn.Module, step: int) -> Tensor:
-            rng = run.rng("answer", step)
-            scenes = [make_scene(rng) for _ in range(self.batch_size)]
-            batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, scenes, rng)
-            views = views_of([whole(s) for s in scenes])
-            with torch.autocast("cpu", torch.bfloat16):
-                return taught.answering_loss(batch, normalized(views.images), views)
+        def answering(lesson: Lesson) -> Callable[[nn.Module, int], Tensor]:
+            def loss_of(net: nn.Module, step: int) -> Tensor:
+                rng = run.rng(PHASES[lesson], step)
+                scenes = [make_scene(rng) for _ in range(self.batch_size)]
+                batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, scenes, rng, lesson)
+                views = views_of([whole(s) for s in scenes])
+                with torch.autocast("cpu", torch.bfloat16):
+                    return taught.answering_loss(batch, normalized(views.images), views)
+
+            return loss_of
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(300, self.steps // 10 + 1))
-        best = fit(run, "answer", taught, schedule, answering).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        fit(run, "answer", taught, schedule, answering("describe"))
+        schedule = Schedule(self.relate_steps, self.learning_rate, warmup=min(200, self.relate_steps // 10 + 1))
+        best = fit(run, "relate", taught, schedule, answering("relate")).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples))
@@ -75,7 +86,7 @@ class SceneVLM(Recipe):
             run,
             self,
             best,
-            steps={"see": self.see_steps, "answer": self.steps},
+            steps={"see": self.see_steps, "answer": self.steps, "relate": self.relate_steps},
             scores=scores,
             examples=examples,
             data=DATA,

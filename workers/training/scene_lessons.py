@@ -8,23 +8,26 @@ Shapes: B scenes, I image tokens, S sequence, P patches of a view (12 x 12).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from workers.data.scenes import KINDS, NAMES, Question, Scene, ask, make_scene
+from workers.data.scenes import KINDS, NAMES, Question, QuestionKind, Scene, ask, make_scene
 
 PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it
 VISIBLE = 0.3  # share of an object that must be in a view to count there
 BLIND = 0.06  # share of questions asked without the image, so that the model also knows how to answer blind
 EXTRA = ("colour-at", "exists", "relation")  # the hardest kinds are asked twice, in turn
+MORE: tuple[QuestionKind, ...] = ("relation", "relation", "exists")
 CAPTION = "what is there ?"
+Lesson = Literal["describe", "relate"]
 IGNORED = -100
 
 
@@ -51,19 +54,38 @@ def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [ask(scene, kind, rng) for kind in (*KINDS, *extra)]  # type: ignore[arg-type]
 
 
-def asked(tokenizer: Any, image_token: int, image_tokens: int, scenes: Sequence[Scene], rng: np.random.Generator) -> AskedBatch:
-    """Put questions about each scene, and the request to describe it, behind its image.
+def pairs_of(scene: Scene, lesson: Lesson, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """What is asked about a scene, and the answers; the last of ``describe`` is its caption.
 
     Describing binds shape, colour and place of every object in a few dozen words, where a question asks for one.
+    Relations need the places of two objects by name: ``relate`` asks for such places, and for the hard kinds again.
     """
+    pairs = [(q.text, q.answer) for q in questions_of(scene, rng)]
+    if lesson == "describe":
+        return [*pairs, (CAPTION, scene.caption.replace(",", " ,"))]
+    more = [ask(scene, kind, rng) for kind in MORE]
+    names = Counter(t.name for t in scene.things)
+    alone = [t for t in scene.things if names[t.name] == 1]
+    places = [(f"the {alone[i].name} is at the ?", alone[i].place) for i in rng.permutation(len(alone))[:3]]
+    return [*pairs, *((q.text, q.answer) for q in more), *places]
+
+
+def asked(
+    tokenizer: Any,
+    image_token: int,
+    image_tokens: int,
+    scenes: Sequence[Scene],
+    rng: np.random.Generator,
+    lesson: Lesson = "describe",
+) -> AskedBatch:
+    """Put what is asked about each scene behind its image."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     prefix = [tokenizer.bos_token_id, vocabulary["user"], *[image_token] * image_tokens]
     start = len(prefix)
     bodies = []
     for scene in scenes:
-        pairs = [(q.text, q.answer) for q in questions_of(scene, rng)] + [(CAPTION, scene.caption.replace(",", " ,"))]
         blocks = []
-        for question, answer in pairs:
+        for question, answer in pairs_of(scene, lesson, rng):
             words, told = ([vocabulary[w] for w in text.split()] for text in (question, answer))
             blocks.append(([*words, vocabulary["assistant"], *told, tokenizer.eos_token_id], len(words)))
         bodies.append(blocks)
@@ -82,8 +104,8 @@ def asked(tokenizer: Any, image_token: int, image_tokens: int, scenes: Sequence[
             ids[r, at:end], block[r, at:end] = tokens, n
             positions[r, at:end] = start + np.arange(len(tokens))
             targets[r, at + words : end - 1] = tokens[words + 1 :]  # the answer and the end, each from the token before
-            of_caption[r, at:end] = n == len(blocks) - 1
-            blind[r, at:end] = n < len(blocks) - 1 and rng.random() < BLIND
+            of_caption[r, at:end] = lesson == "describe" and n == len(blocks) - 1
+            blind[r, at:end] = not of_caption[r, at] and rng.random() < BLIND
             at = end
     causal = np.tri(length, dtype=bool)[None]
     to_prefix = (block == -1)[:, None, :]
@@ -139,7 +161,8 @@ class Taught(nn.Module):
         ).last_hidden_state
         told = batch.targets != IGNORED
         each = nn.functional.cross_entropy(self.model.lm_head(out[told]).float(), batch.targets[told], reduction="none")
-        loss = each[~batch.of_caption[told]].mean() + each[batch.of_caption[told]].mean()
+        of_caption = batch.of_caption[told]
+        loss = each[~of_caption].mean() + (each[of_caption].mean() if bool(of_caption.any()) else 0.0)
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
 
 
