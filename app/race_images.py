@@ -132,7 +132,7 @@ def caption(tokens: ImageTokens, views: Sequence[int] = ()) -> str:
     """What a lane did with the image tokens, in one line."""
     groups = [g for g in tokens.group if g >= 0]
     if len(set(groups)) < len(groups):
-        gone = sum(g < 0 for g in tokens.group)
+        gone = sum(g < 0 and s < KEPT for g, s in zip(tokens.group, tokens.share, strict=False))  # the rest: line breaks
         return f"{len(groups):,} tokens merged into {len(set(groups)):,}" + (f", {gone:,} dropped" if gone else "")
     total, kept = len(tokens.share), [s >= KEPT for s in tokens.share]
     text = f"{sum(kept):,} of {total:,} image tokens kept"

@@ -60,8 +60,8 @@
 
   /** keep: from the run's own setting, in steps of one per cent. */
   function keepSlider(lane, moved) {
-    const own = Number((100 * lane.own).toFixed(2)), step = Number.isInteger(own) ? 1 : 0.01;
-    const range = el('input', { type: 'range', min: step, max: 100, step, value: own, 'aria-label': `keep, ${lane.name}`, on: { input: () => moved(Number(range.value) === own ? lane.own : Number(range.value) / 100) } });
+    const own = Number((100 * lane.own).toFixed(2)), step = Number.isInteger(own) ? 1 : 0.1;
+    const range = el('input', { type: 'range', min: step, max: 100, step, value: own, 'aria-label': `keep, ${lane.name}`, on: { input: () => moved(Math.abs(range.value - own) < step / 2 ? lane.own : range.value / 100) } });
     const value = el('output', { class: 'num' }), text = el('p', { class: 'ps-quiet li-what', 'aria-live': 'polite' });
     const back = button('↺', () => { range.value = own; range.focus(); moved(lane.own); }, { class: 'pe-icon', disabled: true, title: 'as in the run', 'aria-label': `keep as in the run, ${lane.name}` });
     return {

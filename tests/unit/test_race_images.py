@@ -28,7 +28,8 @@ def race_of(events: Any, until: int | None = None) -> Race:
         ({"share": [1.0, 0.25, 0.5, 0.0]}, [], "1 of 4 image tokens kept, 2 dropped after 25 % to 50 % of the layers"),
         ({"share": [1.0, 0.0, 1.0]}, [0, 0, 1], "2 of 3 image tokens kept (whole image 1 of 2, tiles 1 of 1)"),
         ({"share": [1.0] * 50, "group": [i % 21 for i in range(50)]}, [], "50 tokens merged into 21"),
-        ({"share": [1.0] * 4, "group": [0, 0, -1, 3]}, [], "3 tokens merged into 2, 1 dropped"),
+        ({"share": [1.0, 1.0, 0.0, 1.0], "group": [0, 0, -1, 3]}, [], "3 tokens merged into 2, 1 dropped"),
+        ({"share": [1.0] * 4, "group": [0, 0, -1, 3]}, [], "3 tokens merged into 2"),  # a line break between tiles
         ({"share": [1.0, 1.0], "group": [0, 1]}, [], "2 of 2 image tokens kept"),
     ],
 )
