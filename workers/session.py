@@ -147,14 +147,19 @@ class Session:
         Args:
             forwards: qualified name -> function with the arguments of the module's own ``forward``.
         """
-        modules = [self.model.get_submodule(name) for name in forwards]
+        before: list[tuple[nn.Module, Any]] = []
         try:
-            for module, forward in zip(modules, forwards.values(), strict=True):
+            for name, forward in forwards.items():
+                module = self.model.get_submodule(name)
+                before.append((module, vars(module).get("forward")))  # another policy's, or the class's own
                 module.forward = forward  # type: ignore[method-assign]
             yield
         finally:
-            for module in modules:
-                module.__dict__.pop("forward", None)
+            for module, earlier in reversed(before):
+                if earlier is None:
+                    del module.forward
+                else:
+                    module.forward = earlier
 
     @contextmanager
     def swapped(self, modules: dict[str, nn.Module]) -> Iterator[None]:

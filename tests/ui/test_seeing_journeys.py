@@ -98,5 +98,3 @@ def test_labels_that_no_class_has_are_said_on_the_page(page: Page, seeing: str, 
     run(page)
     wait_status(page, "failed", PATIENCE_MS)
     expect(page.locator("#race")).to_contain_text("zebra")
-
-

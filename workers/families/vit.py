@@ -103,7 +103,8 @@ class VisionFamily:
             if forward.source is not None:
                 extra = forward.source.shape[1] - cells  # CLS and the like stand before the patches
                 source = forward.source[row, extra:].tolist()
-                record.entered = sorted({t for t in source if t >= 0})
+                first = {token: patch for patch, token in reversed([*enumerate(source)]) if token >= 0}
+                record.entered = sorted(first.values())  # of merged patches the first
                 merged = len(record.entered) < sum(t >= 0 for t in source)
                 record.group = source if merged else []
                 if forward.layers_seen is not None:

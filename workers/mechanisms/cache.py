@@ -182,7 +182,7 @@ class KVLayer(CacheLayerMixin):
         """Take back the newest ``count`` entries."""
         for g in self.groups:
             g.crop(count)
-        self.seen -= count
+        self.seen = max(0, self.seen - count)  # a layer that is left out has nothing to give back
 
     def nbytes(self) -> int:
         """Bytes of keys and values with scales."""
@@ -206,8 +206,8 @@ class StudioCache(Cache):
 
     @property
     def seen(self) -> int:
-        """Positions the model has seen."""
-        return self.layers[0].seen if self.layers else 0
+        """Positions the model has seen; layers that are left out have seen none."""
+        return max((layer.seen for layer in self.layers), default=0)
 
     def nbytes(self) -> int:
         """Bytes of all stored keys and values with scales."""

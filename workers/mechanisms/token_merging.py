@@ -80,6 +80,11 @@ def merge_tokens(vision: VisionForward, hidden: Tensor, metric: Tensor, r: int, 
     return merged
 
 
-def shares(total: int, layers: int) -> list[int]:
-    """A number of merges spread over layers as evenly as it goes, the first ones taking the rest."""
-    return [total // layers + (i < total % layers) for i in range(layers)]
+def schedule(patches: int, left: int, layers: int) -> list[int]:
+    """Patches behind each layer: even steps from all of them to ``left``, the first steps taking the rest.
+
+    A layer merges at most half of what it gets, so where few are to be left, the last layers' merges move forward.
+    """
+    step, rest = divmod(patches - left, layers)
+    even = [patches - step * i - min(i, rest) for i in range(1, layers + 1)]
+    return [min(n, left * 2 ** (layers - i)) for i, n in enumerate(even, 1)]

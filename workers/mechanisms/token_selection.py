@@ -59,8 +59,9 @@ def truncating(session: Session) -> Iterator[None]:
     def truncate(cache: StudioCache, forward: Forward) -> None:
         for first, index in forward.narrowed:
             for layer in cache.layers[:first]:
-                heads = layer.groups[-1].stop
-                layer.keep(index[:, None].expand(-1, heads, -1))
+                if layer.groups:  # a layer that is left out holds nothing
+                    heads = layer.groups[-1].stop
+                    layer.keep(index[:, None].expand(-1, heads, -1))
 
     with session.hooked(session.after_prefill, truncate):
         yield

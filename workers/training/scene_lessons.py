@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from workers.data.scenes import KINDS, NAMES, Question, QuestionKind, Scene, ask, make_scene
+from workers.data.scenes import KINDS, NAMES, NOTHING, Question, QuestionKind, Scene, ask, make_scene
 
 PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it
 VISIBLE = 0.3  # share of an object that must be in a view to count there
 BLIND = 0.06  # share of questions asked without the image, so that the model also knows how to answer blind
 EXTRA = ("colour-at", "exists", "relation")  # the hardest kinds are asked twice, in turn
-MORE: tuple[QuestionKind, ...] = ("relation", "relation", "exists")
+MORE: tuple[QuestionKind, ...] = ("relation", "relation", "exists", "exists")
 CAPTION = "what is there ?"
 Lesson = Literal["describe", "relate"]
 IGNORED = -100
@@ -58,16 +58,18 @@ def pairs_of(scene: Scene, lesson: Lesson, rng: np.random.Generator) -> list[tup
     """What is asked about a scene, and the answers; the last of ``describe`` is its caption.
 
     Describing binds shape, colour and place of every object in a few dozen words, where a question asks for one.
-    Relations need the places of two objects by name: ``relate`` asks for such places, and for the hard kinds again.
+    Relations need the places of two objects by name: ``relate`` asks for the places of some objects and of one that is
+    not there, and for the hard kinds again.
     """
-    pairs = [(q.text, q.answer) for q in questions_of(scene, rng)]
     if lesson == "describe":
+        pairs = [(q.text, q.answer) for q in questions_of(scene, rng)]
         return [*pairs, (CAPTION, scene.caption.replace(",", " ,"))]
-    more = [ask(scene, kind, rng) for kind in MORE]
+    questions = [ask(scene, kind, rng) for kind in (*KINDS, *MORE)]
     names = Counter(t.name for t in scene.things)
     alone = [t for t in scene.things if names[t.name] == 1]
-    places = [(f"the {alone[i].name} is at the ?", alone[i].place) for i in rng.permutation(len(alone))[:3]]
-    return [*pairs, *((q.text, q.answer) for q in more), *places]
+    places = [(alone[i].name, alone[i].place) for i in rng.permutation(len(alone))[:3]]
+    places.append((str(rng.choice([n for n in NAMES if n not in names])), NOTHING))
+    return [*((q.text, q.answer) for q in questions), *((f"the {name} is at the ?", where) for name, where in places)]
 
 
 def asked(

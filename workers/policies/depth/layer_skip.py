@@ -32,13 +32,18 @@ class LayerSkip(Policy):
         hopes={"decode_tokens_per_s": "up", "ttft_s": "down", "images_per_s": "up"},
         neutral={"count": 0},
     )
-    start: float = knob(0.6, ge=0.0, le=1.0, help="where the run begins, as a share of the depth; deeper = less damage")
+    start: float = knob(
+        0.6,
+        ge=0.0,
+        le=1.0,
+        help="where the run begins, as a share of the depth (sooner where it would not fit); deeper = less damage",
+    )
     count: int = knob(1, ge=0, le=100, fits="layers", help="layers left out; more = faster, worse")
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
         """Have the layers hand on what they are given."""
         names = session.family.parts(session.model)["layers"]
-        first = min(int(self.start * len(names)), len(names) - 1)
+        first = max(0, min(int(self.start * len(names)), len(names) - self.count))
         skipped = names[first : first + self.count]
 
         def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -46,7 +46,7 @@ class AttentionPrune(Policy):
         return ExitStack() if self.is_neutral else self._dropping(session)
 
     def plan(self, layers: int, patches: int) -> dict[int, int]:
-        """Layer -> patches that are left behind it; the first layer always works on all."""
+        """Layer -> patches that are left behind it; the attention of the first layer always works on all."""
         steps = min(self.steps, max(1, layers - 1))
         at = [min(layers - 1, max(0, round((i + 1) * layers / (steps + 1)) - 1)) for i in range(steps)]
         return {layer: max(1, round(patches * self.keep ** ((i + 1) / steps))) for i, layer in enumerate(at)}
@@ -55,17 +55,19 @@ class AttentionPrune(Policy):
     def _dropping(self, session: Session) -> Iterator[None]:
         layers = len(session.family.parts(session.model)["vision_layers"])
         front = 2 if "distillation-token" in session.info.traits else 1
+        dropping = self.plan(layers, 1)
         attended: dict[int, Tensor] = {}
 
         def watch(call: VisionCall) -> None:
-            if call.layer < layers:
+            if call.layer in dropping:
                 attended[call.layer] = call.cls_attention()[:, front - 1 :]  # [B, patches left]
 
         def drop(vision: VisionForward, layer: int, hidden: Tensor) -> Tensor:
+            if layer not in dropping:
+                return hidden
             patches = hidden.shape[1] - front if vision.source is None else vision.source.shape[1] - front
-            left = self.plan(layers, patches).get(layer)
-            scores = attended.pop(layer)
-            if left is None or left >= hidden.shape[1] - front:
+            left, scores = self.plan(layers, patches)[layer], attended.pop(layer)
+            if left >= hidden.shape[1] - front:
                 return hidden
             return self._drop(session, vision, hidden, scores, left, front, (layer + 1) / layers)
 

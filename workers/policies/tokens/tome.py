@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.mechanisms.token_merging import merge_tokens, shares
+from workers.mechanisms.token_merging import merge_tokens, schedule
 from workers.mechanisms.vision_attention import VisionCall, VisionForward, active_vision
 from workers.mechanisms.vision_blocks import between_halves, feature_layers, patches_of
 from workers.mechanisms.visual_tokens import Selection, Visual, selecting
@@ -25,7 +25,7 @@ class ToMe(Policy):
     with the most similar keys become their size-weighted mean, and attention counts a merged token as often as it
     has patches. In a vision-language model the merged tokens are spread over their patches again for the projector,
     and equal ones enter the language model once. Deviation: the share that is left at the end is set, and the merges
-    are spread evenly over the layers, where the paper sets a number per layer.
+    are spread evenly over the layers, where the paper sets a number per layer. A layer merges at most half of its tokens.
     """
 
     card: ClassVar[Card] = card(
@@ -53,14 +53,15 @@ class ToMe(Policy):
         noting: dict[str, Tensor] = {}
 
         def watch(call: VisionCall) -> None:
-            keys[call.layer] = call.key.mean(1)  # [B, T, D]
+            if call.layer < layers:
+                keys[call.layer] = call.key.mean(1)  # [B, T, D]
 
         def merge(vision: VisionForward, layer: int, hidden: Tensor) -> Tensor:
             before = hidden.shape[1]
             protected = front_tokens(session)
             patches = (before if vision.source is None else vision.source.shape[1]) - protected
-            r = shares(patches - max(1, round(self.keep * patches)), layers)[layer]
-            hidden = merge_tokens(vision, hidden, keys.pop(layer), r, protected)
+            left = schedule(patches, max(1, round(self.keep * patches)), layers)[layer]
+            hidden = merge_tokens(vision, hidden, keys.pop(layer), before - protected - left, protected)
             session.did(self.card.id, before - hidden.shape[1])
             return hidden
 

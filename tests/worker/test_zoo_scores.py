@@ -1,0 +1,68 @@
+"""The scores that the studio's own models state, measured again on the files that ship."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from studio_state import zoo
+from studio_state.catalog import asset
+from studio_state.zoo import InRepo
+from workers.recipe import FACTS, Trained, make_recipe, recipes
+
+OWN = [e for e in zoo.entries() if isinstance(e.source, InRepo)]
+FEW = 50  # scenes, six questions each
+
+
+def facts(folder: str) -> Trained:
+    return Trained.model_validate_json((asset("zoo") / folder / FACTS).read_text())
+
+
+def test_every_recipe_has_its_model_in_the_zoo() -> None:
+    assert {e.source.folder for e in OWN if isinstance(e.source, InRepo)} == set(recipes())
+
+
+@pytest.mark.parametrize("entry", OWN, ids=lambda e: e.id)
+def test_a_model_card_says_what_its_recipe_was_given(entry: Any) -> None:
+    found = facts(entry.source.folder)
+    card = (asset("zoo") / entry.source.folder / "README.md").read_text()
+    assert make_recipe(found.recipe, found.knobs).model_dump() == found.knobs
+    assert all(found.steps[name] > 0 and found.seconds[name] > 0 for name in found.steps)
+    for word in (found.licence.lower(), f"{found.parameters:,}", f"--seed {found.seed}", *found.steps):
+        assert word in card
+    stored = sum(p.stat().st_size for p in (asset("zoo") / entry.source.folder).iterdir())
+    assert entry.stored_bytes == pytest.approx(stored, rel=0.01)
+    assert stored < 10e6
+
+
+def test_the_vision_transformer_names_as_many_clothes_as_stated() -> None:
+    from transformers import AutoModelForImageClassification
+
+    from workers.recipes.fashion_vit import accuracy
+
+    torch.set_num_threads(1)
+    stated = facts("fashion-vit").scores["accuracy"]
+    assert stated >= 0.88
+    model = AutoModelForImageClassification.from_pretrained(asset("zoo/fashion-vit"), dtype=torch.bfloat16).eval()
+    assert accuracy(model) == (pytest.approx(stated, abs=0.003), 10_000)
+
+
+@pytest.mark.parametrize(("folder", "size"), [("scene-vlm", 96), ("scene-vlm-tiled", 192)])
+def test_the_scene_models_answer_as_well_as_stated_and_need_their_image(folder: str, size: int) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from workers.data.scenes import KINDS
+    from workers.training.scene_scores import score_scenes
+
+    torch.set_num_threads(1)
+    stated = facts(folder).scores
+    assert all(stated[kind] >= 0.9 for kind in KINDS), stated
+    assert stated["accuracy"] - stated["dropped accuracy"] >= 0.15  # else image tokens mean nothing
+    assert stated["accuracy"] - stated["blind accuracy"] >= 0.4
+    model = AutoModelForImageTextToText.from_pretrained(asset("zoo") / folder, dtype=torch.bfloat16).eval()
+    found, questions = score_scenes(model, AutoProcessor.from_pretrained(asset("zoo") / folder), scenes=FEW, size=size)
+    assert questions == FEW * len(KINDS)
+    for name in ("accuracy", "blind accuracy", "dropped accuracy"):
+        assert found[name] == pytest.approx(stated[name], abs=0.08)
