@@ -17,7 +17,12 @@ from studio_state.store import Store
 
 STATUSES = ("finished", "running", "queued", "failed", "cancelled", "interrupted")
 FILTERS = ("text", "model", "workload", "status", "tag")
-_HEADLINES = (("decode_tokens_per_s", "score_tokens_per_s"), ("kv_bytes", "weight_bytes"), ("peak_memory_bytes",), QUALITY_FIRST)
+_HEADLINES = (
+    ("decode_tokens_per_s", "images_per_s", "score_tokens_per_s"),
+    ("kv_bytes", "weight_bytes"),
+    ("peak_memory_bytes",),
+    QUALITY_FIRST,
+)
 _MEMORY_RATIOS = ("kv_bytes", "weight_bytes")
 
 

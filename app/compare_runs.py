@@ -15,9 +15,18 @@ from studio_state.metrics import METRICS
 from studio_state.store_rows import ExperimentRow
 
 MAX_PICKED = 64
-SPEED_FIRST = ("decode_tokens_per_s", "score_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "end_to_end_s")
+SPEED_FIRST = ("decode_tokens_per_s", "images_per_s", "score_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "end_to_end_s")
 MEMORY_FIRST = ("peak_memory_bytes", "kv_bytes", "weight_bytes")
-QUALITY_FIRST = ("accuracy", "perplexity", "top1_agreement", "kl_to_baseline", "same_output", "first_divergence", "nll")
+QUALITY_FIRST = (
+    "accuracy",
+    "perplexity",
+    "top1_agreement",
+    "kl_to_baseline",
+    "feature_similarity",
+    "same_output",
+    "first_divergence",
+    "nll",
+)
 
 
 @dataclass(frozen=True, eq=False)

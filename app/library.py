@@ -21,7 +21,9 @@ SHOWN_RUNS = 60
 RATIOS_SHOWN = (
     "decode_tokens_per_s",
     "score_tokens_per_s",
+    "images_per_s",
     "ttft_s",
+    "visual_tokens",
     "kv_bytes",
     "weight_bytes",
     "peak_memory_bytes",

@@ -40,7 +40,9 @@ def library(name: str, attention: str = "sdpa") -> Any:
 
 def pixels_of(session: Session, picture: Any = None) -> Tensor:
     """What the image processor makes of a picture [1, 3, H, W]."""
-    return dict(session.images(images=[image_item("classify", picture=picture).image.open()], return_tensors="pt"))["pixel_values"]  # type: ignore[union-attr]
+    return dict(session.images(images=[image_item("classify", picture=picture).image.open()], return_tensors="pt"))[
+        "pixel_values"
+    ]  # type: ignore[union-attr]
 
 
 def module_list(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every legal pair of policies really runs together and both of them act."""
+"""Every legal pair of policies for language models really runs together and both of them act."""
 
 from __future__ import annotations
 

@@ -33,9 +33,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def merged(
-    x: Tensor, keys: Tensor, sizes: list[float], groups: Groups, r: int, front: int
-) -> tuple[Tensor, list[float], Groups]:
+def merged(x: Tensor, keys: Tensor, sizes: list[float], groups: Groups, r: int, front: int) -> tuple[Tensor, list[float], Groups]:
     """Bipartite soft matching of x [T, C] by keys [T, D]; the first ``front`` tokens take no part."""
     everything = range(len(x))
     first, second = [t for t in everything if t % 2 == 0], [t for t in everything if t % 2 == 1]
@@ -407,11 +405,7 @@ def test_doing_nothing_between_the_halves_is_the_model_itself(name: str) -> None
         return hidden
 
     def result() -> tuple[Tensor, ...]:
-        return (
-            (seeing.prefilled(session, item).logits,)
-            if sees
-            else (*(t := run_items(session, [item])).logits, *t.features)
-        )
+        return (seeing.prefilled(session, item).logits,) if sees else (*(t := run_items(session, [item])).logits, *t.features)
 
     plain = result()
     with between_halves(session, look):

@@ -199,8 +199,18 @@ class VisionLanguageFamily(LanguageFamily):
     @torch.inference_mode()
     def run(self, session: Session, trace: RunTrace) -> Iterator[StepResult]:
         """As a language model; what became of the image tokens is kept with the trace."""
-        yield from super().run(session, trace)
-        trace.seen, session.seen = session.seen, []
+        try:
+            yield from super().run(session, trace)
+            trace.seen = session.seen
+        finally:
+            session.seen = []
+
+    def follow(self, session: Session, items: Sequence[Item], reference: RunTrace) -> RunTrace:
+        """As a language model; what became of the image tokens is known from the run."""
+        try:
+            return super().follow(session, items, reference)
+        finally:
+            session.seen = []
 
 
 def image_token(model: Any) -> int:
