@@ -35,7 +35,8 @@ def library(name: str, attention: str = "sdpa") -> Any:
     kind: Any = {"vit": AutoModelForImageClassification, "deit": AutoModelForImageClassification, "dinov2": AutoModel}.get(
         name, CLIPVisionModel
     )
-    return kind.from_pretrained(ENCODERS[name](), dtype=torch.float32, attn_implementation=attention).eval()
+    with torch.inference_mode(False):  # so that it can be copied anywhere
+        return kind.from_pretrained(ENCODERS[name](), dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def pixels_of(session: Session, picture: Any = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
 from studio_state.errors import Unavailable
 from tests import tiny_vision
@@ -185,6 +186,21 @@ def test_an_encoder_equals_the_plain_loops(name: str, keep: float) -> None:
     assert session.acted["tome"] == PATCHES - round(keep * PATCHES)
 
 
+@torch.no_grad()
+def test_a_head_that_reads_the_mean_counts_merged_patches_by_their_number() -> None:
+    """DINOv2's classifier: CLS and the mean of the patches."""
+    session = seeing_session(tiny_vision.dinov2_folder(classifier=True), "classify")
+    with attached(session, ToMe(keep=0.5)):
+        trace = run_items(session, [image_item("classify")])
+    model = AutoModelForImageClassification.from_pretrained(tiny_vision.dinov2_folder(classifier=True)).eval()
+    x, groups = tower(list(model.dinov2.encoder.layer), encoders.embed(model.dinov2, encoders.pixels_of(session))[0], 0.5, 1)
+    x = model.dinov2.layernorm(x)
+    mean = sum(len(g) * t for t, g in zip(x[1:], groups[1:], strict=True)) / PATCHES
+    expected = model.classifier(torch.cat([x[0], mean])).log_softmax(-1)  # type: ignore[list-item]
+    torch.testing.assert_close(trace.logits[0][0], expected, rtol=1e-4, atol=2e-5)
+    assert trace.counts["visual_tokens"] == PATCHES // 2
+
+
 @every_encoder
 def test_keeping_all_is_the_model_itself(name: str) -> None:
     session = seeing_session(ENCODERS[name](), "classify")
@@ -218,7 +234,7 @@ def paired_session() -> tuple[Session, Tensor]:
 
 
 @pytest.mark.parametrize("weighed", [True, False])
-@torch.inference_mode()
+@torch.no_grad()
 def test_merging_equal_tokens_is_exact_with_proportional_attention(weighed: bool) -> None:
     session, pixels = paired_session()
     model: Any = session.model
@@ -269,10 +285,17 @@ def feature_tower(what: seeing.Given, keep: float, front: int, layers: int) -> t
     return features, found
 
 
+def with_image(what: seeing.Given, visual: Tensor) -> seeing.Given:
+    """With other image tokens [n, D]."""
+    embeds = what.embeds.clone()
+    embeds[what.places] = visual
+    return replace(what, embeds=embeds)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.5])
 @pytest.mark.parametrize("size", [(128, 128), (64, 128)])
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_vlm_reads_each_merged_token_once(name: str, size: tuple[int, int], keep: float) -> None:
     session, item = seeing_session(seeing.FOLDERS[name]()), seeing.one(*size)
     what = seeing.given(seeing.FOLDERS[name](), item)
@@ -294,8 +317,7 @@ def test_a_vlm_reads_each_merged_token_once(name: str, size: tuple[int, int], ke
     else:
         visual, group = projected[0], numbers[0]
     kept = [i for i, g in enumerate(group.tolist()) if g == -1 or g not in group[:i].tolist()]
-    what.embeds[what.places] = visual
-    short = what.without(kept)
+    short = with_image(what, visual).without(kept)
     expected, text = seeing.greedy(short, 5)
 
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -313,7 +335,7 @@ def test_a_vlm_reads_each_merged_token_once(name: str, size: tuple[int, int], ke
     assert trace.counts["prefill_kv_bytes"] == len(short.ids) * 2 * 2 * 2 * 16 * 4
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_where_a_token_is_of_several_patches_all_of_them_enter() -> None:
     session, item = seeing_session(tiny_vision.smolvlm_folder()), seeing.one()
     what = seeing.given(tiny_vision.smolvlm_folder(), item)
@@ -321,9 +343,9 @@ def test_where_a_token_is_of_several_patches_all_of_them_enter() -> None:
         trace, logits = run_items(session, [item], 5), seeing.prefilled(session, item).logits[0]
     inner = what.model.model
     features, _ = feature_tower(what, 0.5, 0, 2)
-    plain = what.embeds[what.places].clone()
-    what.embeds[what.places] = inner.connector(inner.vision_model.post_layernorm(torch.stack(features))).flatten(0, 1)
-    assert (what.embeds[what.places] - plain).abs().max() > 1e-2
+    visual = inner.connector(inner.vision_model.post_layernorm(torch.stack(features))).flatten(0, 1)
+    assert (what.embeds[what.places] - visual).abs().max() > 1e-2
+    what = with_image(what, visual)
     expected, text = seeing.greedy(what, 5)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert tokens(trace) == [text]
@@ -371,7 +393,7 @@ BUILDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", BUILDS)
-@torch.inference_mode()
+@torch.no_grad()
 def test_both_halves_are_the_librarys_layer_to_the_bit(name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from studio_state.catalog import Catalog
 from studio_state.experiment import ModelInfo
 from studio_state.metrics import METRICS
-from studio_state.pipeline import Pipeline, Step
+from studio_state.pipeline import Pipeline, Step, parse_pipeline
 from studio_state.problems import pipeline_problems
 from tests import tiny_vision
 from tests.methods.driving import attached, image_item, info_of, run_items, sample_picture, seeing_session, tokens
@@ -31,7 +31,7 @@ from workers.families.base import RunTrace
 from workers.mechanisms.attention import active_forward
 from workers.mechanisms.linear import weight_metrics
 from workers.mechanisms.vision_attention import VisionCall, active_vision
-from workers.methods import Policy, catalogue, discover
+from workers.methods import Policy, catalogue, discover, effective
 from workers.session import Session
 from workers.workloads.base import Item
 
@@ -262,11 +262,9 @@ def live_tensors() -> int:
 @pytest.mark.parametrize("model", ["llava", "vit"])
 def test_no_tensor_stays_behind_anywhere(model: str) -> None:
     """Not in the model, not in a policy, a closure or a cache of the library."""
-    names = [n for n, m in FITTING if m == model]
-    for name in names:  # once, so that what is made for good (weights of the model, tables of a library) is there
-        run(session_of(model), model, policy_for(name, model))
+    baseline(model)
     before = live_tensors()
-    for name in names:
+    for name in (n for n, m in FITTING if m == model):
         run(session_of(model), model, policy_for(name, model))
     assert live_tensors() == before
 
@@ -329,6 +327,26 @@ def test_every_legal_pair_runs_and_both_act(text: str, model: str) -> None:
     again = run(session, model)
     assert again.metrics == expected.metrics
     assert all(torch.equal(a, b) for a, b in zip(again.numbers, expected.numbers, strict=True))
+
+
+@pytest.mark.parametrize("model", ["llava", "llava_next", "smolvlm"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tome:keep=0.5",
+        "divprune:keep=0.5+snapkv:keep=0.4",
+        "fastv:keep=0.5,layer=1+kivi:bits=8,group_size=8,residual=8",
+        "random-visual:keep=0.3+layer-skip:start=0+h2o:keep=0.4",
+    ],
+)
+def test_lean_decode_changes_no_stack(text: str, model: str) -> None:
+    """The same tokens, distributions and counts with and without it."""
+    found = []
+    for whole in (text, f"{text}+lean-decode"):
+        found.append(run(session_of(model), model, *effective(parse_pipeline(whole))))
+    assert found[0].tokens == found[1].tokens
+    assert found[0].metrics == found[1].metrics
+    torch.testing.assert_close(found[1].numbers, found[0].numbers, rtol=1e-5, atol=2e-5)
 
 
 def test_there_are_as_many_pairs_as_expected() -> None:

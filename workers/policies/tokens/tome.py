@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from studio_state.catalog import Card
 from workers.mechanisms.token_merging import merge_tokens, schedule
-from workers.mechanisms.vision_attention import VisionCall, VisionForward, active_vision
+from workers.mechanisms.vision_attention import VisionCall, VisionForward, active_vision, gather_tokens
 from workers.mechanisms.vision_blocks import between_halves, feature_layers, patches_of
 from workers.mechanisms.visual_tokens import Selection, Visual, selecting
 from workers.methods import Policy, card, knob
@@ -73,6 +73,11 @@ class ToMe(Policy):
             noting["source"] = vision.source[:, cut:]
             return (patches_of(vision, args[0]), *args[1:])
 
+        def unfold(module: nn.Module, args: Any, out: Any) -> None:
+            vision = active_vision()
+            if vision is not None and vision.source is not None:
+                out.last_hidden_state = gather_tokens(out.last_hidden_state, vision.source)
+
         def once_each(visual: Visual, keep: float) -> Selection:
             return first_of_each(visual, visual.noted["source"])
 
@@ -82,6 +87,9 @@ class ToMe(Policy):
             for name in session.family.parts(session.model).get("projector", []):
                 stack.callback(session.model.get_submodule(name).register_forward_pre_hook(spread).remove)
                 stack.enter_context(selecting(session, self.card.id, self.keep, once_each, noting, ranked=False))
+            backbone = session.family.backbone(session.model)
+            if session.family.id == "vit" and backbone is not session.model:  # a head may read the mean of all patches
+                stack.callback(backbone.register_forward_hook(unfold).remove)
             yield
 
 
