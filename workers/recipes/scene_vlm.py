@@ -16,11 +16,10 @@ from workers.data.scenes import WORDS, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.scene_lessons import PATCH, VIEW, Lesson, Taught, asked, mixed_view, normalized, views_of, whole
+from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, mixed_view, normalized, views_of, whole
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE, word_tokenizer
 
-PHASES: dict[Lesson, str] = {"describe": "answer", "relate": "relate"}
 TOKENS = (VIEW // PATCH) ** 2
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
@@ -30,8 +29,8 @@ class SceneVLM(Recipe):
 
     Liu et al. 2023, arXiv:2304.08485: a CLIP vision tower, a two-layer projector and a Llama
     language model, 1.5 M parameters in all. First the tower learns what lies under each patch and
-    (through CLS) in the whole view; then everything learns to describe and to answer, and at last to relate.
-    New scenes every step.
+    (through CLS) in the whole view; then everything learns to describe and to answer, then to say where named
+    objects are, and at last to compare two of them. New scenes every step.
     """
 
     card: ClassVar[Card] = card(
@@ -43,6 +42,7 @@ class SceneVLM(Recipe):
     relate_steps: int = knob(
         2500, ge=1, le=1_000_000, help="further steps with the places of named objects; more = better relations"
     )
+    compare_steps: int = knob(2500, ge=1, le=1_000_000, help="last steps, with many relations; more = better relations")
     batch_size: int = knob(24, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(1.2e-3, gt=0, le=0.1, help="highest learning rate")
     layers: int = knob(4, ge=2, le=48, help="layers of the tower and of the language model; more = slower and better")
@@ -64,29 +64,33 @@ class SceneVLM(Recipe):
 
         fit(run, "see", taught, Schedule(self.see_steps, self.learning_rate, warmup=min(200, self.see_steps // 5 + 1)), seeing)
 
-        def answering(lesson: Lesson) -> Callable[[nn.Module, int], Tensor]:
+        def answering(phase: str, lesson: Lesson, place_head: nn.Module | None = None) -> Callable[[nn.Module, int], Tensor]:
             def loss_of(net: nn.Module, step: int) -> Tensor:
-                rng = run.rng(PHASES[lesson], step)
+                rng = run.rng(phase, step)
                 scenes = [make_scene(rng) for _ in range(self.batch_size)]
                 batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, scenes, rng, lesson)
                 views = views_of([whole(s) for s in scenes])
                 with torch.autocast("cpu", torch.bfloat16):
-                    return taught.answering_loss(batch, normalized(views.images), views)
+                    return taught.answering_loss(batch, normalized(views.images), views, place_head)
 
             return loss_of
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(300, self.steps // 10 + 1))
-        fit(run, "answer", taught, schedule, answering("describe"))
+        fit(run, "answer", taught, schedule, answering("answer", "describe"))
         schedule = Schedule(self.relate_steps, self.learning_rate, warmup=min(200, self.relate_steps // 10 + 1))
-        best = fit(run, "relate", taught, schedule, answering("relate")).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        fit(run, "relate", taught, schedule, answering("relate", "relate"))
+        placed = Placed(taught)
+        schedule = Schedule(self.compare_steps, self.learning_rate, warmup=min(200, self.compare_steps // 10 + 1))
+        best = fit(run, "compare", placed, schedule, answering("compare", "compare", placed.place_head))
+        model = best.taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)
-        scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples))
+        scores, examples = score_scenes(model, ready, run.tell, scenes_for(run.examples))
         return hand_over(
             run,
             self,
-            best,
-            steps={"see": self.see_steps, "answer": self.steps, "relate": self.relate_steps},
+            model,
+            steps={"see": self.see_steps, "answer": self.steps, "relate": self.relate_steps, "compare": self.compare_steps},
             scores=scores,
             examples=examples,
             data=DATA,

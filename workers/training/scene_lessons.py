@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from workers.data.scenes import KINDS, NAMES, NOTHING, Question, QuestionKind, Scene, ask, make_scene
+from workers.data.scenes import GRID, KINDS, NAMES, NOTHING, Question, QuestionKind, Scene, ask, make_scene
 
 PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it
@@ -26,8 +26,11 @@ VISIBLE = 0.3  # share of an object that must be in a view to count there
 BLIND = 0.06  # share of questions asked without the image, so that the model also knows how to answer blind
 EXTRA = ("colour-at", "exists", "relation")  # the hardest kinds are asked twice, in turn
 MORE: tuple[QuestionKind, ...] = ("relation", "relation", "exists", "exists")
+COMPARED = 5  # relations asked for in the last lesson, beside one question of each kind
 CAPTION = "what is there ?"
-Lesson = Literal["describe", "relate"]
+PLACED_LAYER = 2  # layers of the language model after which a name knows its object's place
+ABSENT = GRID * GRID  # the place of a name that nothing has
+Lesson = Literal["describe", "relate", "compare"]
 IGNORED = -100
 
 
@@ -39,6 +42,8 @@ class AskedBatch:
         ids: [B, S]; the first I + 2 are ``<s> user <image> ...``.
         positions: [B, S]; mask: [B, 1, S, S] additive; targets: [B, S], IGNORED off the answers.
         of_caption: [B, S] which targets belong to the caption.
+        places: [B, S] for the last word of each object's name in a question the cell it stands in, ABSENT if nothing has
+            this name; IGNORED elsewhere, for names that several have, and where the image is hidden.
     """
 
     ids: Tensor
@@ -46,6 +51,7 @@ class AskedBatch:
     mask: Tensor
     targets: Tensor
     of_caption: Tensor
+    places: Tensor
 
 
 def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -59,11 +65,14 @@ def pairs_of(scene: Scene, lesson: Lesson, rng: np.random.Generator) -> list[tup
 
     Describing binds shape, colour and place of every object in a few dozen words, where a question asks for one.
     Relations need the places of two objects by name: ``relate`` asks for the places of some objects and of one that is
-    not there, and for the hard kinds again.
+    not there, and for the hard kinds again; ``compare`` asks for many relations.
     """
     if lesson == "describe":
         pairs = [(q.text, q.answer) for q in questions_of(scene, rng)]
         return [*pairs, (CAPTION, scene.caption.replace(",", " ,"))]
+    if lesson == "compare":
+        kinds: tuple[QuestionKind, ...] = (*KINDS, *["relation"] * COMPARED)  # type: ignore[list-item]
+        return [(q.text, q.answer) for q in (ask(scene, kind, rng) for kind in kinds)]
     questions = [ask(scene, kind, rng) for kind in (*KINDS, *MORE)]
     names = Counter(t.name for t in scene.things)
     alone = [t for t in scene.things if names[t.name] == 1]
@@ -98,6 +107,7 @@ def asked(
     block = np.full((len(scenes), length), -2)  # -1 the image's part, -2 padding
     blind = np.zeros((len(scenes), length), dtype=bool)
     of_caption = np.zeros((len(scenes), length), dtype=bool)
+    places = np.full((len(scenes), length), IGNORED)
     ids[:, :start], positions[:, :start], block[:, :start] = prefix, np.arange(start), -1
     for r, blocks in enumerate(bodies):
         at = start
@@ -108,13 +118,31 @@ def asked(
             targets[r, at + words : end - 1] = tokens[words + 1 :]  # the answer and the end, each from the token before
             of_caption[r, at:end] = lesson == "describe" and n == len(blocks) - 1
             blind[r, at:end] = not of_caption[r, at] and rng.random() < BLIND
+            if not blind[r, at]:
+                for word, cell in named(tokens[:words], vocabulary, scenes[r]):
+                    places[r, at + word] = cell
             at = end
     causal = np.tri(length, dtype=bool)[None]
     to_prefix = (block == -1)[:, None, :]
     hidden = to_prefix & (np.arange(length) >= 2)[None, None, :] & blind[:, :, None]
     allowed = causal & ((block[:, :, None] == block[:, None, :]) | to_prefix) & ~hidden
     mask = torch.where(torch.from_numpy(allowed)[:, None], 0.0, torch.finfo(torch.bfloat16).min)
-    return AskedBatch(*map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption)))
+    return AskedBatch(*map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption, places)))
+
+
+def named(tokens: Sequence[int], vocabulary: dict[str, int], scene: Scene) -> list[tuple[int, int]]:
+    """(place of the word, cell) of every full name in a question, but for names that several objects have."""
+    words = {i: w for w, i in vocabulary.items()}
+    text = [words[t] for t in tokens]
+    found = []
+    for i in range(1, len(text)):
+        name = f"{text[i - 1]} {text[i]}"
+        if name not in NAMES:
+            continue
+        cells = [t.cell[0] * GRID + t.cell[1] for t in scene.things if t.name == name]
+        if len(cells) <= 1:
+            found.append((i, cells[0] if cells else ABSENT))
+    return found
 
 
 class Taught(nn.Module):
@@ -144,8 +172,14 @@ class Taught(nn.Module):
         counts = nn.functional.cross_entropy(self.count_head(cls).float(), views.counts)
         return patches + names + 0.3 * counts
 
-    def answering_loss(self, batch: AskedBatch, pixels: Tensor, views: Views | None, **image: Any) -> Tensor:
-        """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget."""
+    def answering_loss(
+        self, batch: AskedBatch, pixels: Tensor, views: Views | None, place_head: nn.Module | None = None, **image: Any
+    ) -> Tensor:
+        """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget.
+
+        Args:
+            place_head: also teach the language model to know an object's place where it reads its name (hidden state -> cell).
+        """
         caught: list[Any] = []
         tower = self.model.model.vision_tower
         handle = tower.register_forward_hook(
@@ -158,14 +192,31 @@ class Taught(nn.Module):
         embedded = self.model.get_input_embeddings()(batch.ids)
         rows = torch.stack(list(features)).to(embedded.dtype)  # [B, I, D]
         embedded = torch.cat([embedded[:, :2], rows, embedded[:, 2 + rows.shape[1] :]], 1)
-        out = self.model.model.language_model(
-            inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
+        read = self.model.model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            output_hidden_states=place_head is not None,
+        )
+        out = read.last_hidden_state
         told = batch.targets != IGNORED
         each = nn.functional.cross_entropy(self.model.lm_head(out[told]).float(), batch.targets[told], reduction="none")
         of_caption = batch.of_caption[told]
         loss = each[~of_caption].mean() + (each[of_caption].mean() if bool(of_caption.any()) else 0.0)
+        if place_head is not None:
+            at = batch.places != IGNORED
+            loss = loss + nn.functional.cross_entropy(place_head(read.hidden_states[PLACED_LAYER][at]).float(), batch.places[at])
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
+
+
+class Placed(nn.Module):
+    """A taught model with the head that reads places off names."""
+
+    def __init__(self, taught: Taught):
+        super().__init__()
+        self.taught = taught
+        self.place_head = nn.Linear(taught.model.config.text_config.hidden_size, ABSENT + 1)
 
 
 @dataclass
