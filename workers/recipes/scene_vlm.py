@@ -43,6 +43,9 @@ class SceneVLM(Recipe):
         2500, ge=1, le=1_000_000, help="further steps with the places of named objects; more = better relations"
     )
     compare_steps: int = knob(2500, ge=1, le=1_000_000, help="last steps, with many relations; more = better relations")
+    polish_steps: int = knob(
+        0, ge=0, le=1_000_000, help="the last lesson again from half the learning rate; more = better relations"
+    )
     batch_size: int = knob(24, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(1.2e-3, gt=0, le=0.1, help="highest learning rate")
     layers: int = knob(4, ge=2, le=48, help="layers of the tower and of the language model; more = slower and better")
@@ -82,7 +85,11 @@ class SceneVLM(Recipe):
         placed = Placed(taught)
         schedule = Schedule(self.compare_steps, self.learning_rate, warmup=min(200, self.compare_steps // 10 + 1))
         best = fit(run, "compare", placed, schedule, answering("compare", "compare", placed.place_head))
+        if self.polish_steps:
+            schedule = Schedule(self.polish_steps, self.learning_rate / 2, warmup=min(100, self.polish_steps // 10 + 1))
+            best = fit(run, "polish", placed, schedule, answering("polish", "compare", placed.place_head))
         model = best.taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        polished = {"polish": self.polish_steps} if self.polish_steps else {}
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(model, ready, run.tell, scenes_for(run.examples))
@@ -90,7 +97,13 @@ class SceneVLM(Recipe):
             run,
             self,
             model,
-            steps={"see": self.see_steps, "answer": self.steps, "relate": self.relate_steps, "compare": self.compare_steps},
+            steps={
+                "see": self.see_steps,
+                "answer": self.steps,
+                "relate": self.relate_steps,
+                "compare": self.compare_steps,
+                **polished,
+            },
             scores=scores,
             examples=examples,
             data=DATA,
