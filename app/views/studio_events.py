@@ -96,13 +96,20 @@ class StudioEvents:
         return (show_model(self.ctx, model), *self.fit_workload(model, workload))
 
     def fit_workload(self, model: str, workload: str) -> tuple[Any, ...]:
-        """The workloads, those of the model's family first; another one is chosen where it cannot run this one."""
+        """The workloads, those of the model's family first.
+
+        The usual one of the family is chosen where the model cannot run this one, or where that one is made for its
+        family alone (a model that sees is asked about images, not about texts).
+        """
         info = self.ctx.models.known(model or "")
         choices = workload_choices(self.ctx.catalog, info.family if info else "")
         card = self.ctx.catalog.workload_by_id.get(workload)
-        if info is None or card is None or info.family in card.families:
+        if info is None or card is None:
             return gr.update(choices=choices), gr.skip(), gr.skip()
         new = usual_workload(self.ctx.catalog, info.family)
+        made_for_it = len(self.ctx.catalog.workload_by_id[new].families) == 1 < len(card.families)
+        if info.family in card.families and not made_for_it:
+            return gr.update(choices=choices), gr.skip(), gr.skip()
         return (gr.update(choices=choices, value=new), *self.choose_workload(new))
 
     def look_up(self, *state: Any) -> Data:

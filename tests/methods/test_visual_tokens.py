@@ -168,7 +168,7 @@ def test_selectors_act_in_turn() -> None:
     record = session.seen[0]
     assert record.entered == [0, 4]
     assert record.group[:6] == [0, -1, 0, -1, 2, -1]
-    assert record.rank() == [0.05 if t in (0, 4) else 2.0 for t in range(64)]
+    assert record.rank() == [LEVELS[0] if t in (0, 4) else 2.0 for t in range(64)]
     assert session.acted == {"even": 32.0, "pairs": 31.0}
     truth = given(tiny_vision.llava_folder(), one()).without([0, 4])
     truth.embeds[truth.places] *= 2

@@ -25,7 +25,8 @@ from workers.session import Session
 if TYPE_CHECKING:
     from workers.families.image_layout import ImageLayout
 
-LEVELS = tuple(round(0.05 * i, 2) for i in range(1, 21))  # settings of keep that the screen's slider can show
+LEVELS = tuple(round(0.01 * i, 2) for i in range(1, 101))  # settings of keep that the screen's slider can show
+FINE_UP_TO = 256  # image tokens; of more, every fifth of these settings is tried
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def widened(group: Tensor, index: Tensor, total: int) -> list[int]:
 def levels(selector: Selector, visual: Visual, index: Tensor, total: int) -> list[float]:
     """Per token the smallest share at which the selector keeps it; 2 = at none (another selector had dropped it before)."""
     out = torch.full((total,), 2.0, dtype=torch.float64)
-    for keep in sorted({*LEVELS, selector.keep}, reverse=True):
+    for keep in sorted({*(LEVELS if total <= FINE_UP_TO else LEVELS[4::5]), selector.keep}, reverse=True):
         stays = index[selector.choose(visual, keep).index].cpu()
         out[stays] = keep
     return out.tolist()
