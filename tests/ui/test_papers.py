@@ -96,9 +96,11 @@ def test_all_systems_are_listed_and_what_runs_here_opens_in_the_studio(page: Pag
         listed["hired"]["summary"],
         "card b1-04",
         "vlm",
-        "not built yet",
+        "runs here as",
     ):
         expect(row).to_contain_text(text)
+    unbuilt = next(i for i, p in listed.items() if not p["runs_as"])
+    expect(page.locator(f"[data-paper='{unbuilt}']")).to_contain_text("not built yet")
     page.get_by_role("button", name="Runs here").click()
     expect(page.locator(".pp-count")).to_contain_text(f"{sum(bool(p['runs_as']) for p in listed.values())} of 68")
     page.get_by_role("button", name="Has a claim").click()
