@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class Trained(BaseModel):
     limits: str
 
 
-class Recipe(Declared):
+class Recipe(Declared, ABC):
     """Trains something small.
 
     Subclasses set ``card`` (kind ``recipe``), declare knobs as fields and write ``train``.
@@ -56,6 +57,7 @@ class Recipe(Declared):
 
     card: ClassVar[Card]
 
+    @abstractmethod
     def train(self, run: TrainingRun) -> Trained:
         """Train, save the checkpoint into ``run.out``, and say what it scored.
 
@@ -63,7 +65,6 @@ class Recipe(Declared):
             Cancelled: the person asked to stop; the same call goes on from there.
             StudioError: the data is not there.
         """
-        raise NotImplementedError
 
     @classmethod
     def describe(cls) -> Card:
