@@ -23,14 +23,18 @@
       check();
     }
     // The answer only adds and removes notes: lanes are not redrawn, so nobody loses the focus or a click.
-    const check = PS.framed(async () => {
+    const check = () => { root.dataset.checks = 'pending'; ask(); };
+    const ask = PS.framed(async () => {
       const mine = ++asked;
       const answer = await server.check({ lanes: state.export(), setup: props.setup || {} });
-      if (mine !== asked || !answer) return;                  // an answer to an older question
-      checks = answer;
-      drawPalette();
-      PS.patchProblems(root, state, checks, mend);
-      drawFooter();
+      if (mine !== asked) return;                             // an answer to an older question
+      if (answer) {
+        checks = answer;
+        drawPalette();
+        PS.patchProblems(root, state, checks, mend);
+        drawFooter();
+      }
+      root.dataset.checks = 'done';
     });
     function focusNow() {
       const node = document.activeElement;

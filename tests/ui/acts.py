@@ -34,12 +34,17 @@ def example(page: Page, name: str) -> None:
 
 
 def centre(locator: Locator) -> tuple[float, float]:
-    """The middle of an element, scrolled into view."""
+    """The middle of an element, scrolled into view, once it has stood still for a quarter of a second as a person would wait."""
     x, y = locator.evaluate(
-        """(node) => {
-          const box = () => node.getBoundingClientRect();
+        """async (node) => {
+          const middle = () => { const r = node.getBoundingClientRect(); return [r.left + r.width / 2, r.top + r.height / 2]; };
           node.scrollIntoView({block: 'nearest'});
-          return [box().left + box().width / 2, box().top + box().height / 2];
+          for (let at = middle(), since = performance.now(); ;) {
+            await new Promise(requestAnimationFrame);
+            const now = middle();
+            if (now[0] !== at[0] || now[1] !== at[1]) { at = now; since = performance.now(); node.scrollIntoView({block: 'nearest'}); }
+            else if (performance.now() - since > 250) return at;
+          }
         }"""
     )
     return x, y

@@ -123,4 +123,5 @@ def open_studio(page: Page, url: str) -> Page:
     page.locator("#editor[data-ready='1'], #editor [data-ready='1']").first.wait_for()
     page.locator("#race[data-ready='1'], #race [data-ready='1']").first.wait_for()
     expect(page.locator("#model-facts")).not_to_contain_text("…", timeout=30_000)  # the worker has told what the model is
+    page.locator("#editor[data-checks=done], #editor [data-checks=done]").first.wait_for()  # the palette says what fits it
     return page

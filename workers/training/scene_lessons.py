@@ -198,6 +198,7 @@ class Taught(nn.Module):
             position_ids=batch.positions,
             use_cache=False,
             output_hidden_states=place_head is not None,
+            output_attentions=place_head is not None,
         )
         out = read.last_hidden_state
         told = batch.targets != IGNORED
@@ -207,7 +208,25 @@ class Taught(nn.Module):
         if place_head is not None:
             at = batch.places != IGNORED
             loss = loss + nn.functional.cross_entropy(place_head(read.hidden_states[PLACED_LAYER][at]).float(), batch.places[at])
+            if views is not None:
+                loss = loss + pointing_loss(read.attentions[PLACED_LAYER - 1][:, 0, :, 2 : 2 + rows.shape[1]], batch.places, views)
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
+
+
+def pointing_loss(attention: Tensor, places: Tensor, views: Views) -> Tensor:
+    """How little of a name's attention lies on the object that it names.
+
+    Without it names find objects by their shape alone, and of two circles the colour no longer decides.
+
+    Args:
+        attention: of one head from every word to every patch [B, S, P]; places: as in ``AskedBatch``.
+    """
+    grid = VIEW // PATCH
+    row = torch.arange(grid) * GRID // grid
+    cell_of_patch = (row[:, None] * GRID + row).flatten()  # [P]
+    at = (places != IGNORED) & (places != ABSENT)
+    of_object = (cell_of_patch == places[at][:, None]) & (views.patches > 0)[at.nonzero()[:, 0]]  # [names, P]
+    return -(attention[at].float() * of_object).sum(-1).clamp_min(1e-6).log().mean()
 
 
 class Placed(nn.Module):
