@@ -142,7 +142,8 @@ class Output(Event):
     """What an item ended in: its text, and whether it was right. ``data`` is workload-specific.
 
     ``label``: ``text`` is the class named; ``data`` has the likeliest ``labels`` and their ``probabilities``.
-    ``image``: ``data`` has the ``image`` as a base64 PNG.
+    ``image``: ``data`` has the ``image`` as a base64 PNG, and, where steps of its drawing took work from earlier ones,
+    ``reused``: per step the share of it.
     """
 
     event: Literal["output"] = "output"
@@ -205,6 +206,18 @@ class ImageTokens(Event):
     group: list[int] = Field(default_factory=list)
 
 
+class Preview(Event):
+    """What a picture looks like on its way from noise. ``step`` steps of ``of`` are done; ``data`` is a base64 PNG."""
+
+    event: Literal["preview"] = "preview"
+    lane: int
+    item: str
+    repeat: int = 0
+    step: int
+    of: int
+    data: str = ""
+
+
 class LaneFinished(Event):
     """A lane ended. ``flags`` are plain sentences such as ``no effect: ...``."""
 
@@ -258,7 +271,7 @@ class Unknown(Event):
 
 AnyEvent = Annotated[
     Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
-    | Kept | Picture | ImageTokens | LaneFinished | Note | Finished | Failed | Cancelled,
+    | Kept | Picture | ImageTokens | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)

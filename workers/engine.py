@@ -30,6 +30,7 @@ from studio_state.experiment import ExperimentSpec, MemoryEstimate
 from studio_state.problems import problems
 from workers import plan
 from workers.environment import environment, pick_device
+from workers.families.diffusion_model import DiffusionModel
 from workers.host import ModelHost
 from workers.isolate import run_isolated
 from workers.lanes import Lane
@@ -155,7 +156,9 @@ def _race(
 
 
 def labels_of(model: Any) -> tuple[str, ...]:
-    """Names of the classes of a classifier; empty for other models."""
+    """Names of the classes of a classifier, or of those that a pipeline draws; empty for other models."""
+    if isinstance(model, DiffusionModel):
+        return model.labels
     if "ImageClassification" not in type(model).__name__:
         return ()
     return tuple(str(name) for _, name in sorted(model.config.id2label.items()))
@@ -178,7 +181,7 @@ def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
     """Items in batches of one task; likelihood tasks run one by one."""
     run: list[Item] = []
     for item in items:
-        if run and (len(run) >= size or item.task != run[0].task or item.task not in ("generate", "classify")):
+        if run and (len(run) >= size or item.task != run[0].task or item.task not in ("generate", "classify", "draw")):
             yield run
             run = []
         run.append(item)

@@ -14,6 +14,7 @@ import torch
 from studio_state.errors import Unavailable
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.families.base import Family
+from workers.families.diffusion import DiffusionFamily
 from workers.families.llm import LanguageFamily
 from workers.families.vit import VisionFamily
 from workers.families.vlm import VisionLanguageFamily
@@ -26,7 +27,12 @@ from workers.models.load import load_inputs, load_model, torch_dtype
 from workers.models.resolve import Resolved, resolve
 from workers.session import Session
 
-FAMILIES: dict[str, type[Any]] = {"llm": LanguageFamily, "vlm": VisionLanguageFamily, "vit": VisionFamily}
+FAMILIES: dict[str, type[Any]] = {
+    "llm": LanguageFamily,
+    "vlm": VisionLanguageFamily,
+    "vit": VisionFamily,
+    "diffusion": DiffusionFamily,
+}
 Progress = Callable[[str, float | None], None]
 
 

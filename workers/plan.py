@@ -18,19 +18,26 @@ EXPECTED_TOKENS = 1024  # where the workload's lengths are not known yet
 
 def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> MemoryEstimate:
     """Weights, KV and activations of the baseline next to the free memory."""
-    tokens = int(spec.workload.options.get("length") or spec.workload.options.get("prompt_tokens") or EXPECTED_TOKENS)
-    tokens += spec.max_new_tokens or 64
-    if info.context:
-        tokens = min(tokens, info.context)
+    if info.family == "diffusion":  # every picture's positions at once, and twice under guidance
+        tokens, rows = max(1, info.context), 2 * spec.batch
+    else:
+        tokens, rows = expected_tokens(spec, info), spec.batch
     return estimate_model(
         info,
         tokens=tokens,
-        batch=spec.batch,
+        batch=rows,
         dtype=torch_dtype(spec.dtype, info.dtype, str(device)),
         device=str(device),
         attention=spec.attention,
         chunk=spec.chunk_size,
     )
+
+
+def expected_tokens(spec: ExperimentSpec, info: ModelInfo) -> int:
+    """Prompt and new tokens of the longest item, as far as the options say; at most the model's context."""
+    tokens = int(spec.workload.options.get("length") or spec.workload.options.get("prompt_tokens") or EXPECTED_TOKENS)
+    tokens += spec.max_new_tokens or 64
+    return min(tokens, info.context) if info.context else tokens
 
 
 def weight_bits(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> int:

@@ -21,7 +21,13 @@ from workers.session import Cancelled, Session
 from workers.telling import Teller, batch_key, first_difference, image_tokens_event, kept_event, picture_event
 from workers.workloads.base import Item, Workload
 
-OUTPUTS = {"generate": "text", "score": "score", "choose": "choice", "classify": "label"}  # task -> kind of output
+OUTPUTS = {
+    "generate": "text",
+    "score": "score",
+    "choose": "choice",
+    "classify": "label",
+    "draw": "image",
+}  # task -> kind of output
 WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many
 WARMUP_SECONDS = 10.0
 MEMORY_NEW_TOKENS = 8  # new tokens in the untimed memory pass

@@ -22,6 +22,7 @@ from workers.mechanisms.vision_attention import VisionCall
 
 if TYPE_CHECKING:
     from workers.families.base import Family
+    from workers.mechanisms.denoising import Denoising
     from workers.mechanisms.visual_tokens import ImageRecord, Selector
 
 Observer = Callable[[AttentionCall], None]
@@ -51,7 +52,10 @@ class Session:
         selectors: choose the image tokens that enter the language model, one after the other.
         seen: per row of the running batch what became of its image tokens.
         retain_queries: how many newest queries each layer remembers across prefill chunks.
-        built: what alters_weights policies built, by key; lives as long as the experiment.
+        step_share: denoising steps that run, as a share of those asked for.
+        denoising: where the running diffusion pipeline stands; None outside of one.
+        companions: models that run beside this one in the lane (a draft model); their weights count as the lane's.
+        built: what policies built or loaded, by key; lives as long as the experiment.
         acted: policy id -> how much it did in this lane.
         counts: metric name -> value of the running item.
         say: tells progress inside a long build: (text, share done or None).
@@ -76,6 +80,9 @@ class Session:
     vision_observers: list[Callable[[VisionCall], None]] = field(default_factory=list)
     selectors: list[Selector] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)
+    step_share: float = 1.0
+    denoising: Denoising | None = None
+    companions: list[nn.Module] = field(default_factory=list)
     built: dict[Hashable, Any] = field(default_factory=dict)
     acted: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from studio_state.events import Event, ImageTokens, Kept, Picture, Tokens
+from studio_state.events import Event, ImageTokens, Kept, Picture, Preview, Tokens
 from workers.families.base import SeenImage, StepResult
 from workers.mechanisms.visual_tokens import ImageRecord
 from workers.workloads.base import Item, ItemResult
@@ -25,6 +25,8 @@ class Teller:
     def heard(self, step: StepResult) -> Iterator[Event]:
         """Take a step in; tell what waits if it is time."""
         self.elapsed += step.seconds
+        for item, picture in zip(self.batch, step.pictures, strict=False):
+            yield Preview(lane=self.lane, item=item.id, repeat=self.repeat, step=step.place[0], of=step.place[1], data=picture)
         for row, ids in enumerate(step.new[: len(self.batch)]):
             old_ids, text, at = self.waiting[row]
             self.waiting[row] = (

@@ -37,7 +37,7 @@ VLM = {
     "steps": 4,
     "relate_steps": 3,
     "compare_steps": 2,
-    "polish_steps": 2,
+    "decide_steps": 2,
     "batch_size": 2,
     "layers": 2,
     "width": 64,
@@ -117,7 +117,7 @@ def test_a_later_phase_does_not_train_an_earlier_one_again(data: Path, tmp_path:
     assert any(text.startswith("answer: step 4 of 4") for text in told)
     assert (parts / UNFINISHED / "see.pt").read_bytes() == seen
     assert bits(parts) == bits(whole)
-    assert trained.steps == {"see": 3, "answer": 4, "relate": 3, "compare": 2, "polish": 2}
+    assert trained.steps == {"see": 3, "answer": 4, "relate": 3, "compare": 2, "decide": 2}
     assert min(trained.seconds.values()) >= 0
     assert list(trained.seconds) == list(trained.steps)
 

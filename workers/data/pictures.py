@@ -147,8 +147,8 @@ def shown(image: Image.Image) -> dict[str, Any]:
     }
 
 
-def as_png(grey: NDArray[np.floating[Any]]) -> str:
-    """Values [H, W] from 0 to 1 as a base64 PNG."""
+def as_png(values: NDArray[np.floating[Any]]) -> str:
+    """Values [H, W] or [H, W, 3] from 0 to 1 as a base64 PNG."""
     buffer = io.BytesIO()
-    Image.fromarray((np.clip(grey, 0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

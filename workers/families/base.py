@@ -21,16 +21,20 @@ class StepResult:
     """One step of a run: the prefill, a decode step, later a denoising step or an image.
 
     Attributes:
-        kind: ``prefill`` or ``step``.
+        kind: ``prefill`` or ``step``; of a diffusion pipeline ``encode``, ``step`` or ``decode``.
         seconds: time of this step alone; work between steps (events) is not in it.
         new: per row of the batch the units this step added (token ids).
         text: per row the text that became certain with this step.
+        pictures: what the first rows look like on the way, as base64 PNGs.
+        place: denoising steps done, and how many there are.
     """
 
     kind: str
     seconds: float
     new: list[list[int]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -60,6 +64,7 @@ class RunTrace:
         counts: metric name -> value, counted during the run.
         logits: what the quality comparison needs, per row (float32 log-probabilities [n, V]).
         features: per row what models give that name no classes: a vector, or a map as one.
+        drawn: per row the picture that was made, [C, H, W] from 0 to 1.
         images: per row its image as the model takes it (None: there is none).
         seen: per row what became of its image tokens.
         kept: per row and layer the share of KV heads that kept each prompt token, [layers][tokens].
@@ -71,6 +76,7 @@ class RunTrace:
     counts: dict[str, float] = field(default_factory=dict)
     logits: list[Any] = field(default_factory=list)
     features: list[Any] = field(default_factory=list)
+    drawn: list[Any] = field(default_factory=list)
     images: list[SeenImage | None] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)
     kept: list[list[list[float]]] = field(default_factory=list)

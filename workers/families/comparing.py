@@ -40,3 +40,8 @@ def kept_shares(cache: StudioCache, lengths: Sequence[int]) -> list[list[list[fl
             layers.append((held / max(1, heads)).tolist())
         rows.append(layers)
     return rows
+
+
+def similarity(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors."""
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from studio_state.errors import WorkloadError
 from workers.data.pictures import as_png, shown
 from workers.families.base import RunTrace, SeenImage, StepResult
-from workers.families.comparing import distance
+from workers.families.comparing import distance, similarity
 from workers.families.image_layout import image_layout
 from workers.families.parts import vision_parts
 from workers.mechanisms.vision_attention import VisionForward, gather_tokens, seeing
@@ -149,8 +148,3 @@ class VisionFamily:
         for row, (a, b) in enumerate(zip(reference.features, lane.features, strict=True)):
             found[row]["feature_similarity"] = similarity(a, b)
         return found
-
-
-def similarity(a: Tensor, b: Tensor) -> float:
-    """Cosine of two vectors."""
-    return float(F.cosine_similarity(a, b, dim=0))

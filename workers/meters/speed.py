@@ -16,6 +16,8 @@ def speed(trace: RunTrace) -> dict[str, float]:
     if trace.items[0].task == "classify":
         seconds = sum(s.seconds for s in trace.steps)
         return {"images_per_s": len(trace.items) / seconds, "end_to_end_s": seconds}
+    if trace.items[0].task == "draw":
+        return drawing_speed(trace)
     prefill, later = trace.steps[0], trace.steps[1:]
     prompt = sum(len(r.prompt_ids) for r in trace.results)
     out = {
@@ -38,4 +40,14 @@ def speed(trace: RunTrace) -> dict[str, float]:
         out["itl_p50_s"], out["itl_p90_s"] = (float(x) for x in np.percentile(gaps, (50, 90)))
         if gaps.size >= 100:
             out["itl_p99_s"] = float(np.percentile(gaps, 99))
+    return out
+
+
+def drawing_speed(trace: RunTrace) -> dict[str, float]:
+    """Metrics of one batch of pictures: from what is asked for to the decoded picture, and of the denoising steps alone."""
+    rows, total = len(trace.items), sum(s.seconds for s in trace.steps)
+    steps = [s.seconds for s in trace.steps if s.kind == "step"]
+    out = {"seconds_per_image": total / rows, "images_per_s": rows / total, "end_to_end_s": total}
+    if steps:
+        out["denoising_steps_per_s"] = rows * len(steps) / sum(steps)
     return out

@@ -57,7 +57,7 @@ def kv_bytes(info: ModelInfo, tokens: int, batch: int, size: int) -> int:
     Args:
         size: bytes of one number.
     """
-    if info.family == "vit":  # one pass, nothing is kept
+    if info.family in ("vit", "diffusion"):  # nothing is kept between passes
         return 0
     per_token = 2 * info.kv_heads * info.head_dim * size
     full = (info.attention_layers - info.window_layers) * tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 _UNWANTED = ["original/*", "onnx/*", "openvino/*", "runs/*", *(f"*{p}" for p in PICKLES)]
 _LOOK_UP_S = 15
+LIMIT_VARIABLE = "PARETO_STUDIO_MAX_DOWNLOAD"
 
 
 def download(
@@ -25,12 +27,13 @@ def download(
     """Snapshot of a repository (safetensors, configs and tokenizer only) and its commit.
 
     ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN`` and ``HF_ENDPOINT`` are the Hub library's and honoured.
+    ``PARETO_STUDIO_MAX_DOWNLOAD`` is the most bytes that a model may still need; a hosted studio sets it.
 
     Args:
         trust_remote_code: also take the repository's Python files.
 
     Raises:
-        ModelError: no such repository or revision, no access, weights only as pickle, or no network and not cached.
+        ModelError: no such repository or revision, no access, weights only as pickle, too large, or no network and not cached.
     """
     name = f"{repo}@{revision}" if revision else repo
     if huggingface_hub.is_offline_mode():
@@ -59,11 +62,27 @@ def download(
         )
     progress("download", None, f"downloading {name} from the Hub")
     patterns = _patterns(trust_remote_code)
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        _refuse_large(repo, revision, name, patterns, int(limit))
     try:  # by the name that was given, not by its commit: the Hub's cache then finds it again offline under this name
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, tqdm_class=_bar(name, progress), **patterns))
     except Exception as e:
         raise ModelError(f"the download of {name} stopped ({first_line(e)}); run it again, it goes on where it stopped") from e
     return folder, folder.name
+
+
+def _refuse_large(repo: str, revision: str | None, name: str, patterns: dict[str, list[str]], limit: int) -> None:
+    try:
+        files = huggingface_hub.snapshot_download(repo, revision=revision, dry_run=True, **patterns)
+    except Exception as e:
+        raise ModelError(f"the size of {name} cannot be looked up ({first_line(e)}); try it again") from e
+    missing = [f for f in files if f.will_download]
+    total = sum(f.file_size or 0 for f in missing)
+    if total > limit:
+        raise ModelError(
+            f"{name} is a download of {total / 1e6:,.1f} MB, but at most {limit / 1e6:,.1f} MB are allowed here; choose a smaller "
+            "model, or run the studio on your own machine"
+        )
 
 
 def refuse_pickles(name: str, files: list[str]) -> None:

@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from studio_state.errors import Unavailable
 from studio_state.experiment import ModelInfo
+from workers.models.diffusion_info import diffusion_facts
 from workers.models.fingerprint import fingerprint
 from workers.models.resolve import Resolved
 
@@ -52,7 +53,8 @@ def model_info(resolved: Resolved) -> ModelInfo:
         "dtype": _stored_dtype(resolved),
     }
     if resolved.config is None:
-        return ModelInfo(**common, traits=tuple(entry.traits if entry else ()))
+        seen = diffusion_facts(resolved.name, resolved.path, resolved.raw, resolved.tensors)
+        return ModelInfo(**common, **seen)
     config = resolved.config.get_text_config()
     return ModelInfo(**common, **_shape(config), parameters=_parameters(resolved), traits=_traits(resolved, config))
 

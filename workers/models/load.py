@@ -22,6 +22,7 @@ from studio_state.errors import ModelError, Unavailable
 from studio_state.experiment import number_format
 from workers.models import gguf_file
 from workers.models.info import architecture, class_names, family
+from workers.models.pipeline_folder import load_pipeline
 from workers.models.resolve import Resolved
 from workers.models.talk import first_line, quiet_library
 
@@ -69,11 +70,15 @@ def load_model(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn
         ModelError: weights missing or of other shapes than the config says, no tokenizer, or not enough device memory.
     """
     kind = family(resolved)
-    library_class = library_class_of(resolved, kind)
+    if kind == "diffusion":
+        import diffusers  # noqa: F401  (loaded here, so that its progress bars can be switched off)
     with quiet_library():
         try:
-            model = _weights(resolved, library_class, dtype, attn_implementation).to(device)
-            tokenizer, images = load_inputs(resolved, kind)
+            if kind == "diffusion":
+                model, tokenizer, images = load_pipeline(resolved.name, resolved.path, resolved.raw, dtype, device), None, None
+            else:
+                model = _weights(resolved, library_class_of(resolved, kind), dtype, attn_implementation).to(device)
+                tokenizer, images = load_inputs(resolved, kind)
             if kind == "vit" and (resolved.path / "saliency_head.safetensors").is_file():
                 from workers.models.saliency import load_saliency_head
 
@@ -105,7 +110,7 @@ def library_class_of(resolved: Resolved, kind: str) -> Any:
         named = architecture(resolved) in class_names(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
         return AutoModelForImageClassification if named else AutoModel
     raise Unavailable(
-        f"{resolved.name} is of family {kind}; this version of the studio runs llm, vlm and vit models, choose one of those"
+        f"{resolved.name} is of family {kind}, whose weights are not loaded as one model; choose a model of family llm, vlm or vit"
     )
 
 

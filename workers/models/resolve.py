@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from studio_state.errors import ModelError
 from studio_state.problems import nearest
 from studio_state.zoo import InRepo, LocalFolder, ZooEntry, entries, find, location
-from workers.models import gguf_file, hub, weights_files
+from workers.models import gguf_file, hub, pipeline_folder, weights_files
 from workers.models.gguf_file import GgufFacts
 from workers.models.talk import Progress, first_line, silent
 from workers.models.weights_files import StoredTensor
@@ -125,10 +125,10 @@ def _read_file(name: str, file: Path) -> Resolved:
 
 def _read(name: str, folder: Path, *, entry: ZooEntry | None = None, revision: str = "", trust: bool = False) -> Resolved:
     """A checked model folder."""
-    if (folder / "model_index.json").is_file():
-        return Resolved(
-            name, folder, None, _json(folder / "model_index.json"), entry=entry, revision=revision, trust_remote_code=trust
-        )
+    if (folder / pipeline_folder.INDEX).is_file():
+        index = _json(folder / pipeline_folder.INDEX)
+        stored = pipeline_folder.read_tensors(name, folder, pipeline_folder.components(name, index))
+        return Resolved(name, folder, None, index, None, entry, revision, stored, None, trust)
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not any(folder.glob("*.safetensors")):
         if len(ggufs) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,14 +18,16 @@ def silent(phase: str, done: float | None, text: str) -> None:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Switch off transformers' progress bars inside the block, if they were on."""
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Switch off the progress bars of transformers, and of diffusers once it is loaded, inside the block, those that were on."""
+    diffusers = sys.modules.get("diffusers.utils.logging")  # not imported for the sake of silence: it takes a second
+    on = [library for library in (logging, diffusers) if library is not None and library.is_progress_bar_enabled()]
+    for library in on:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if was_on:
-            logging.enable_progress_bar()
+        for library in on:
+            library.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

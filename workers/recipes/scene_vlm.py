@@ -30,7 +30,7 @@ class SceneVLM(Recipe):
     Liu et al. 2023, arXiv:2304.08485: a CLIP vision tower, a two-layer projector and a Llama
     language model, 1.5 M parameters in all. First the tower learns what lies under each patch and
     (through CLS) in the whole view; then everything learns to describe and to answer, then to say where named
-    objects are, and at last to compare two of them. New scenes every step.
+    objects are, to point at them, and at last how two of them stand to each other. New scenes every step.
     """
 
     card: ClassVar[Card] = card(
@@ -42,9 +42,9 @@ class SceneVLM(Recipe):
     relate_steps: int = knob(
         2500, ge=1, le=1_000_000, help="further steps with the places of named objects; more = better relations"
     )
-    compare_steps: int = knob(2500, ge=1, le=1_000_000, help="last steps, with many relations; more = better relations")
-    polish_steps: int = knob(
-        0, ge=0, le=1_000_000, help="the last lesson again from half the learning rate; more = better relations"
+    compare_steps: int = knob(2500, ge=1, le=1_000_000, help="further steps, with many relations; more = better relations")
+    decide_steps: int = knob(
+        2500, ge=1, le=1_000_000, help="last steps, with how two objects stand to each other; more = better relations"
     )
     batch_size: int = knob(24, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(1.2e-3, gt=0, le=0.1, help="highest learning rate")
@@ -67,14 +67,14 @@ class SceneVLM(Recipe):
 
         fit(run, "see", taught, Schedule(self.see_steps, self.learning_rate, warmup=min(200, self.see_steps // 5 + 1)), seeing)
 
-        def answering(phase: str, lesson: Lesson, place_head: nn.Module | None = None) -> Callable[[nn.Module, int], Tensor]:
+        def answering(phase: str, lesson: Lesson, *heads: nn.Module) -> Callable[[nn.Module, int], Tensor]:
             def loss_of(net: nn.Module, step: int) -> Tensor:
                 rng = run.rng(phase, step)
                 scenes = [make_scene(rng) for _ in range(self.batch_size)]
                 batch = asked(tokenizer, taught.model.config.image_token_id, TOKENS, scenes, rng, lesson)
                 views = views_of([whole(s) for s in scenes])
                 with torch.autocast("cpu", torch.bfloat16):
-                    return taught.answering_loss(batch, normalized(views.images), views, place_head)
+                    return taught.answering_loss(batch, normalized(views.images), views, *heads)
 
             return loss_of
 
@@ -84,12 +84,10 @@ class SceneVLM(Recipe):
         fit(run, "relate", taught, schedule, answering("relate", "relate"))
         placed = Placed(taught)
         schedule = Schedule(self.compare_steps, self.learning_rate, warmup=min(200, self.compare_steps // 10 + 1))
-        best = fit(run, "compare", placed, schedule, answering("compare", "compare", placed.place_head))
-        if self.polish_steps:
-            schedule = Schedule(self.polish_steps, self.learning_rate / 2, warmup=min(100, self.polish_steps // 10 + 1))
-            best = fit(run, "polish", placed, schedule, answering("polish", "compare", placed.place_head))
+        fit(run, "compare", placed, schedule, answering("compare", "compare", placed.place_head))
+        schedule = Schedule(self.decide_steps, self.learning_rate, warmup=min(200, self.decide_steps // 10 + 1))
+        best = fit(run, "decide", placed, schedule, answering("decide", "compare", placed.place_head, placed.bearing_head))
         model = best.taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
-        polished = {"polish": self.polish_steps} if self.polish_steps else {}
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(model, ready, run.tell, scenes_for(run.examples))
@@ -102,7 +100,7 @@ class SceneVLM(Recipe):
                 "answer": self.steps,
                 "relate": self.relate_steps,
                 "compare": self.compare_steps,
-                **polished,
+                "decide": self.decide_steps,
             },
             scores=scores,
             examples=examples,

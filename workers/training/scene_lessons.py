@@ -29,6 +29,8 @@ MORE: tuple[QuestionKind, ...] = ("relation", "relation", "exists", "exists")
 COMPARED = 5  # relations asked for in the last lesson, beside one question of each kind
 CAPTION = "what is there ?"
 PLACED_LAYER = 2  # layers of the language model after which a name knows its object's place
+BEARING_LAYER = 3  # ... and after which the second of two names knows where the first stands from there
+BEARINGS = 9
 ABSENT = GRID * GRID  # the place of a name that nothing has
 Lesson = Literal["describe", "relate", "compare"]
 IGNORED = -100
@@ -44,6 +46,8 @@ class AskedBatch:
         of_caption: [B, S] which targets belong to the caption.
         places: [B, S] for the last word of each object's name in a question the cell it stands in, ABSENT if nothing has
             this name; IGNORED elsewhere, for names that several have, and where the image is hidden.
+        bearings: [B, S] for the last word of the second of two names where the first stands from there, of nine
+            (left, same column, right) x (above, same row, below); IGNORED elsewhere.
     """
 
     ids: Tensor
@@ -52,6 +56,7 @@ class AskedBatch:
     targets: Tensor
     of_caption: Tensor
     places: Tensor
+    bearings: Tensor
 
 
 def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -107,7 +112,7 @@ def asked(
     block = np.full((len(scenes), length), -2)  # -1 the image's part, -2 padding
     blind = np.zeros((len(scenes), length), dtype=bool)
     of_caption = np.zeros((len(scenes), length), dtype=bool)
-    places = np.full((len(scenes), length), IGNORED)
+    places, bearings = (np.full((len(scenes), length), IGNORED) for _ in range(2))
     ids[:, :start], positions[:, :start], block[:, :start] = prefix, np.arange(start), -1
     for r, blocks in enumerate(bodies):
         at = start
@@ -119,15 +124,26 @@ def asked(
             of_caption[r, at:end] = lesson == "describe" and n == len(blocks) - 1
             blind[r, at:end] = not of_caption[r, at] and rng.random() < BLIND
             if not blind[r, at]:
-                for word, cell in named(tokens[:words], vocabulary, scenes[r]):
+                found = named(tokens[:words], vocabulary, scenes[r])
+                for word, cell in found:
                     places[r, at + word] = cell
+                if len(found) == 2 and ABSENT not in (found[0][1], found[1][1]):
+                    bearings[r, at + found[1][0]] = bearing(found[0][1], found[1][1])
             at = end
     causal = np.tri(length, dtype=bool)[None]
     to_prefix = (block == -1)[:, None, :]
     hidden = to_prefix & (np.arange(length) >= 2)[None, None, :] & blind[:, :, None]
     allowed = causal & ((block[:, :, None] == block[:, None, :]) | to_prefix) & ~hidden
     mask = torch.where(torch.from_numpy(allowed)[:, None], 0.0, torch.finfo(torch.bfloat16).min)
-    return AskedBatch(*map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption, places)))
+    return AskedBatch(
+        *map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption, places, bearings))
+    )
+
+
+def bearing(first: int, second: int) -> int:
+    """Where one cell lies from another: 3 x (0 left, 1 same column, 2 right) + (0 above, 1 same row, 2 below)."""
+    (row, column), (other_row, other_column) = divmod(first, GRID), divmod(second, GRID)
+    return 3 * (1 + int(np.sign(column - other_column))) + 1 + int(np.sign(row - other_row))
 
 
 def named(tokens: Sequence[int], vocabulary: dict[str, int], scene: Scene) -> list[tuple[int, int]]:
@@ -173,12 +189,19 @@ class Taught(nn.Module):
         return patches + names + 0.3 * counts
 
     def answering_loss(
-        self, batch: AskedBatch, pixels: Tensor, views: Views | None, place_head: nn.Module | None = None, **image: Any
+        self,
+        batch: AskedBatch,
+        pixels: Tensor,
+        views: Views | None,
+        place_head: nn.Module | None = None,
+        bearing_head: nn.Module | None = None,
+        **image: Any,
     ) -> Tensor:
         """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget.
 
         Args:
             place_head: also teach the language model to know an object's place where it reads its name (hidden state -> cell).
+            bearing_head: and where it reads a second name, how the two stand to each other (hidden state -> bearing).
         """
         caught: list[Any] = []
         tower = self.model.model.vision_tower
@@ -209,7 +232,13 @@ class Taught(nn.Module):
             at = batch.places != IGNORED
             loss = loss + nn.functional.cross_entropy(place_head(read.hidden_states[PLACED_LAYER][at]).float(), batch.places[at])
             if views is not None:
-                loss = loss + pointing_loss(read.attentions[PLACED_LAYER - 1][:, 0, :, 2 : 2 + rows.shape[1]], batch.places, views)
+                loss = loss + pointing_loss(
+                    read.attentions[PLACED_LAYER - 1][:, 0, :, 2 : 2 + rows.shape[1]], batch.places, views
+                )
+        if bearing_head is not None:
+            at = batch.bearings != IGNORED
+            told_apart = bearing_head(read.hidden_states[BEARING_LAYER][at]).float()
+            loss = loss + nn.functional.cross_entropy(told_apart, batch.bearings[at])
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
 
 
@@ -230,12 +259,14 @@ def pointing_loss(attention: Tensor, places: Tensor, views: Views) -> Tensor:
 
 
 class Placed(nn.Module):
-    """A taught model with the head that reads places off names."""
+    """A taught model with the heads that read places off names, and bearings off pairs of names."""
 
     def __init__(self, taught: Taught):
         super().__init__()
         self.taught = taught
-        self.place_head = nn.Linear(taught.model.config.text_config.hidden_size, ABSENT + 1)
+        width = taught.model.config.text_config.hidden_size
+        self.place_head = nn.Linear(width, ABSENT + 1)
+        self.bearing_head = nn.Linear(width, BEARINGS)
 
 
 @dataclass

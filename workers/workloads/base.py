@@ -24,7 +24,7 @@ class Item:
         id: stable within the workload and its options.
         prompt: what the model is given (before any chat template).
         task: ``generate`` new tokens; ``score`` the continuation's likelihood by the decode path;
-            ``choose`` the likeliest of several continuations; ``classify`` an image.
+            ``choose`` the likeliest of several continuations; ``classify`` an image; ``draw`` one from noise.
         image: what the model is shown, where it can see.
         chat: wrap the prompt in the chat template, where the model has one and the spec allows it.
         continuations: texts to score; one for ``score``, several for ``choose``.
@@ -37,7 +37,7 @@ class Item:
 
     id: str
     prompt: str = ""
-    task: Literal["generate", "score", "choose", "classify"] = "generate"
+    task: Literal["generate", "score", "choose", "classify", "draw"] = "generate"
     image: Picture | None = None
     chat: bool = True
     continuations: tuple[str, ...] = ()
@@ -59,6 +59,7 @@ class ItemResult:
         nll: per continuation the negative log-likelihood of each of its tokens, in nats.
         prompt_ids: the prompt as the model saw it.
         ranked: classes and their probabilities, the likeliest first (``classify``).
+        drawn: the picture that was made, [C, H, W] from 0 to 1 (``draw``).
         data: what else came out, for the screen.
     """
 
@@ -68,6 +69,7 @@ class ItemResult:
     nll: list[list[float]] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     ranked: list[tuple[str, float]] = field(default_factory=list)
+    drawn: Any = None
     data: dict[str, Any] = field(default_factory=dict)
 
 
