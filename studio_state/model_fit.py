@@ -9,6 +9,7 @@ from studio_state.catalog import Card
 from studio_state.experiment import ModelInfo
 from studio_state.pipeline import Step
 
+ATTENDING = ("kv.", "attention.")  # resources of layers that attend
 _MOST_CANDIDATES = 65_536
 
 
@@ -35,6 +36,13 @@ def model_misfits(card: Card, step: Step, model: ModelInfo) -> list[Misfit]:
     out = [Misfit(f"{card.title} needs a model with the trait {t!r}; {model.name} has {has}") for t in missing]
     forbidden = [t for t in card.not_traits if t in model.traits]
     out += [Misfit(f"{card.title} cannot work on a model with the trait {t!r}, which {model.name} has") for t in forbidden]
+    if "ssm" in model.traits and any((u.resource, u.mode) == ("kv.rollback", "needs") for u in card.uses(step.knobs)):
+        text = f"{card.title} has to take refused tokens back, but {model.name} has state-space layers (trait 'ssm'), "
+        out.append(Misfit(f"{text}whose running state keeps no history to go back to; remove it"))
+    touched = sorted({u.resource for u in card.uses(step.knobs) if u.resource.startswith(ATTENDING)})
+    if "ssm" in model.traits and "hybrid" not in model.traits and touched:
+        text = f"{card.title} acts on {touched[0]}, but {model.name} has no attention layers, only running states; remove it"
+        out.append(Misfit(text))
     knobs = card.filled(step.knobs)
     for name, prop in card.knobs.get("properties", {}).items():
         value = knobs.get(name)

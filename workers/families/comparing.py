@@ -28,7 +28,7 @@ def kept_shares(cache: StudioCache, lengths: Sequence[int]) -> list[list[list[fl
     device = torch.device("cpu")
     for row, length in enumerate(lengths):
         layers = []
-        for layer in cache.layers:
+        for layer in cache.kv_layers:
             held, heads = torch.zeros(length), 0
             for g in layer.groups:
                 n = g.stop - g.start

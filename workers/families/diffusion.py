@@ -171,6 +171,7 @@ class DiffusionFamily:
                 result.text = result.ranked[0][0]
         reused = state.reused if state else []
         trace.counts["denoising_steps"] = float(state.of if state else 0)
+        trace.counts["guided_steps"] = float(state.of if state and state.guided else 0)
         for result, image in zip(trace.results, images, strict=True):
             result.drawn = image
             result.data["image"] = as_png(image.permute(1, 2, 0).squeeze(-1).numpy())

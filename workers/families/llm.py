@@ -22,8 +22,9 @@ from workers.families.comparing import distance, kept_shares
 from workers.families.parts import language_parts
 from workers.families.text import Streamer, encode_item
 from workers.mechanisms.attention import Forward, forwarding
-from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.expert_load import counting_experts
 from workers.mechanisms.sampling import Sampler
+from workers.mechanisms.state_layer import advance, cache_for, state_arguments
 from workers.session import Session
 from workers.workloads.base import Item, ItemResult
 
@@ -65,7 +66,7 @@ class LanguageFamily:
     def prefill(self, session: Session, batch: Batch) -> State:
         """Pass the prompt through the model, in chunks where asked, and let the policies act at its end."""
         batch = self.embedded(session, batch)
-        cache = StudioCache(session.info.layers)
+        cache = cache_for(session)
         length = batch.ids.shape[1]
         chunk = session.spec.chunk_size or length
         logits = None
@@ -113,14 +114,15 @@ class LanguageFamily:
         Args:
             rotary: [3, B, T] positions for rotary embeddings, where they are not the plain ones.
         """
+        positions = forward.positions.clamp_min(0) if rotary is None else rotary
+        given: dict[str, Any] = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+        if "ssm" in session.info.traits:
+            given |= state_arguments(session.model, forward)
+        else:
+            given |= {"position_ids": positions, "past_key_values": forward.cache}
         with forwarding(forward):
-            out = session.model(
-                **{"input_ids": ids} if embeds is None else {"inputs_embeds": embeds},
-                position_ids=forward.positions.clamp_min(0) if rotary is None else rotary,
-                past_key_values=forward.cache,
-                use_cache=True,
-                logits_to_keep=1 if last_only else 0,
-            )
+            out = session.model(**given, use_cache=True, logits_to_keep=1 if last_only else 0)
+        advance(forward.cache, forward.seen)
         return out.logits
 
     def step(self, session: Session, state: State, ids: Tensor) -> Tensor:
@@ -191,17 +193,20 @@ class LanguageFamily:
         """Prefill, then decode or score by the decode path. Work of the caller between steps is not timed."""
         session.counts.clear()
         batch = self._batch(session, trace.results, trace.images)
-        start = session.clock()
-        state = self.prefill(session, batch)
-        task = trace.items[0].task
-        if task == "generate":
-            yield from self._generate(session, trace, state, start)
-        else:
-            self._note_prefill(trace, session, state, session.clock() - start)
-            yield trace.steps[-1]
-            yield from self._score(session, trace, state)
+        with counting_experts(session, len(trace.items)) as experts:
+            start = session.clock()
+            state = self.prefill(session, batch)
+            task = trace.items[0].task
+            if task == "generate":
+                yield from self._generate(session, trace, state, start)
+            else:
+                self._note_prefill(trace, session, state, session.clock() - start)
+                yield trace.steps[-1]
+                yield from self._score(session, trace, state)
+        trace.experts = experts.tables()
+        trace.counts.update(experts.metrics())
         trace.counts.update(session.counts)
-        trace.counts["kv_bytes"] = float(state.cache.nbytes())
+        trace.counts["kv_bytes"] = state.cache.nbytes() + session.counts.get("kv_bytes", 0.0)  # and of caches beside it
         trace.counts["cached_tokens"] = state.cache.stored()
 
     def _batch(self, session: Session, results: Sequence[ItemResult], images: Sequence[Any]) -> Batch:

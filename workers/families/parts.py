@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 ATTENTIONS = ("self_attn", "attention", "attn")
+MIXERS = ("self_attn", "mixer", "mamba", "linear_attn")  # how a layer mixes positions: by attention or by a running state
 TOWERS = ("vision_tower", "vision_model", "visual")
 PROJECTORS = ("multi_modal_projector", "connector")
 DECODERS = ("language_model", "text_model")
@@ -17,13 +18,16 @@ def language_parts(model: Any, inside: nn.Module) -> dict[str, list[str]]:
     names = dict(model.named_modules())
     under = {id(m) for m in inside.modules()}
     lists = [
-        n for n, m in names.items() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn") and id(m) in under
+        n
+        for n, m in names.items()
+        if isinstance(m, nn.ModuleList) and id(m) in under and any(hasattr(layer, mixer) for layer in m for mixer in MIXERS)
     ]
     prefix = min(lists, key=len) if lists else ""
     layers = [f"{prefix}.{i}" for i in range(len(names[prefix]))] if lists else []
     linears = [n for n, m in names.items() if isinstance(m, nn.Linear) and lists and n.startswith(prefix + ".")]
     head = [n for n, m in names.items() if isinstance(m, nn.Linear) and m is model.get_output_embeddings()]
-    return {"layers": layers, "attentions": [f"{n}.self_attn" for n in layers], "linears": linears, "head": head}
+    attending = [f"{n}.self_attn" for n in layers if f"{n}.self_attn" in names]
+    return {"layers": layers, "attentions": attending, "linears": linears, "head": head}
 
 
 def vision_parts(model: nn.Module, encoder: nn.Module) -> dict[str, list[str]]:

@@ -92,6 +92,7 @@ class KVLayer(CacheLayerMixin):
     """What one attention layer remembers."""
 
     is_sliding = False
+    keeps_kv = True  # False: a layer with a running state only
 
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()
@@ -213,9 +214,14 @@ class StudioCache(Cache):
         """Bytes of all stored keys and values with scales."""
         return sum(layer.nbytes() for layer in self.layers)
 
+    @property
+    def kv_layers(self) -> list[KVLayer]:
+        """The layers that keep keys and values."""
+        return [layer for layer in self.layers if layer.keeps_kv]
+
     def stored(self) -> float:
-        """Entries stored, mean over layers and heads."""
-        return sum(layer.stored for layer in self.layers) / max(1, len(self.layers))
+        """Entries stored, mean over heads and over the layers that keep any."""
+        return sum(layer.stored for layer in self.kv_layers) / max(1, len(self.kv_layers))
 
     def crop_newest(self, count: int) -> None:
         """Take back the newest ``count`` positions in every layer (speculative decoding)."""

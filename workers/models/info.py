@@ -23,6 +23,7 @@ CLS_ENCODERS = ("vit", "deit", "dinov2", "clip_vision_model")
 PLAIN_ENCODERS = ("siglip_vision_model", "idefics3_vision", "smolvlm_vision")
 TILING = ("idefics3", "smolvlm")
 
+_BOTH = "hybrid"  # a layer that attends and has a running state
 _SSM_LAYERS = ("mamba", "mamba2", "linear_attention", "recurrent", "conv", "ssm")
 _WINDOW_LAYERS = ("sliding_attention", "chunked_attention")
 _SSM_FIELDS = ("ssm_cfg", "state_size", "mamba_d_state", "ssm_state_size")
@@ -150,13 +151,14 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 def _traits(resolved: Resolved, config: PretrainedConfig) -> tuple[str, ...]:
     """Words that methods ask for, sorted."""
     kinds, shape = layer_kinds(config), _shape(config)
-    ssm = any(k in _SSM_LAYERS for k in kinds)
+    ssm = any(k in (*_SSM_LAYERS, _BOTH) for k in kinds)
     found = {
         "ssm": ssm,
         "hybrid": ssm and shape["attention_layers"] > 0,
         "sliding-window": shape["window_layers"] > 0,
         "moe": any((_number(config, f) or 0) > 1 for f in _EXPERT_FIELDS),
-        "rope": bool(getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)),
+        "rope": bool(getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None))
+        and getattr(config, "position_embedding_type", "rope") != "nope",
         "tied-embeddings": _tied(resolved),
         "chat-template": _has_chat_template(resolved),
         "lean-shape": config.model_type in LEAN_SHAPES and getattr(config, "hidden_act", "") == "silu",

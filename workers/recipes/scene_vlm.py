@@ -67,7 +67,7 @@ class SceneVLM(Recipe):
 
         fit(run, "see", taught, Schedule(self.see_steps, self.learning_rate, warmup=min(200, self.see_steps // 5 + 1)), seeing)
 
-        def answering(phase: str, lesson: Lesson, *heads: nn.Module) -> Callable[[nn.Module, int], Tensor]:
+        def answering(phase: str, lesson: Lesson, *heads: Any) -> Callable[[nn.Module, int], Tensor]:
             def loss_of(net: nn.Module, step: int) -> Tensor:
                 rng = run.rng(phase, step)
                 scenes = [make_scene(rng) for _ in range(self.batch_size)]
@@ -86,7 +86,7 @@ class SceneVLM(Recipe):
         schedule = Schedule(self.compare_steps, self.learning_rate, warmup=min(200, self.compare_steps // 10 + 1))
         fit(run, "compare", placed, schedule, answering("compare", "compare", placed.place_head))
         schedule = Schedule(self.decide_steps, self.learning_rate, warmup=min(200, self.decide_steps // 10 + 1))
-        best = fit(run, "decide", placed, schedule, answering("decide", "compare", placed.place_head, placed.bearing_head))
+        best = fit(run, "decide", placed, schedule, answering("decide", "compare", placed.place_head, placed.relation_heads))
         model = best.taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready = processor(tokenizer)
         ready.save_pretrained(run.out)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from workers.data.scenes import GRID, KINDS, NAMES, NOTHING, Question, QuestionKind, Scene, ask, make_scene
+from workers.data.scenes import GRID, KINDS, NAMES, NOTHING, RELATIONS, Question, QuestionKind, Scene, ask, make_scene
 
 PATCH, VIEW = 8, 96
 COVERED = 0.2  # share of a patch that an object must cover to name it
@@ -48,6 +48,7 @@ class AskedBatch:
             this name; IGNORED elsewhere, for names that several have, and where the image is hidden.
         bearings: [B, S] for the last word of the second of two names where the first stands from there, of nine
             (left, same column, right) x (above, same row, below); IGNORED elsewhere.
+        relations: [B, S] where the answer to such a question begins, 9 x the relation asked for + that bearing; IGNORED elsewhere.
     """
 
     ids: Tensor
@@ -57,6 +58,7 @@ class AskedBatch:
     of_caption: Tensor
     places: Tensor
     bearings: Tensor
+    relations: Tensor
 
 
 def questions_of(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -112,7 +114,7 @@ def asked(
     block = np.full((len(scenes), length), -2)  # -1 the image's part, -2 padding
     blind = np.zeros((len(scenes), length), dtype=bool)
     of_caption = np.zeros((len(scenes), length), dtype=bool)
-    places, bearings = (np.full((len(scenes), length), IGNORED) for _ in range(2))
+    places, bearings, relations = (np.full((len(scenes), length), IGNORED) for _ in range(3))
     ids[:, :start], positions[:, :start], block[:, :start] = prefix, np.arange(start), -1
     for r, blocks in enumerate(bodies):
         at = start
@@ -128,7 +130,12 @@ def asked(
                 for word, cell in found:
                     places[r, at + word] = cell
                 if len(found) == 2 and ABSENT not in (found[0][1], found[1][1]):
-                    bearings[r, at + found[1][0]] = bearing(found[0][1], found[1][1])
+                    stands = bearing(found[0][1], found[1][1])
+                    bearings[r, at + found[1][0]] = stands
+                    asked_for = next(
+                        i for i, relation in enumerate(RELATIONS) if vocabulary[relation.split()[0]] in tokens[:words]
+                    )
+                    relations[r, at + words] = BEARINGS * asked_for + stands
             at = end
     causal = np.tri(length, dtype=bool)[None]
     to_prefix = (block == -1)[:, None, :]
@@ -136,7 +143,7 @@ def asked(
     allowed = causal & ((block[:, :, None] == block[:, None, :]) | to_prefix) & ~hidden
     mask = torch.where(torch.from_numpy(allowed)[:, None], 0.0, torch.finfo(torch.bfloat16).min)
     return AskedBatch(
-        *map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption, places, bearings))
+        *map(torch.from_numpy, (ids, positions)), mask, *map(torch.from_numpy, (targets, of_caption, places, bearings, relations))
     )
 
 
@@ -194,14 +201,14 @@ class Taught(nn.Module):
         pixels: Tensor,
         views: Views | None,
         place_head: nn.Module | None = None,
-        bearing_head: nn.Module | None = None,
+        relation_heads: RelationHeads | None = None,
         **image: Any,
     ) -> Tensor:
         """How well the answers are predicted; plus a tenth of the seeing loss, so that the tower does not forget.
 
         Args:
             place_head: also teach the language model to know an object's place where it reads its name (hidden state -> cell).
-            bearing_head: and where it reads a second name, how the two stand to each other (hidden state -> bearing).
+            relation_heads: and how two named objects stand to each other.
         """
         caught: list[Any] = []
         tower = self.model.model.vision_tower
@@ -235,10 +242,8 @@ class Taught(nn.Module):
                 loss = loss + pointing_loss(
                     read.attentions[PLACED_LAYER - 1][:, 0, :, 2 : 2 + rows.shape[1]], batch.places, views
                 )
-        if bearing_head is not None:
-            at = batch.bearings != IGNORED
-            told_apart = bearing_head(read.hidden_states[BEARING_LAYER][at]).float()
-            loss = loss + nn.functional.cross_entropy(told_apart, batch.bearings[at])
+        if relation_heads is not None:
+            loss = loss + relation_heads.loss(read.hidden_states, batch)
         return loss if views is None else loss + 0.1 * self.seeing_loss(*caught[0], views)
 
 
@@ -258,15 +263,40 @@ def pointing_loss(attention: Tensor, places: Tensor, views: Views) -> Tensor:
     return -(attention[at].float() * of_object).sum(-1).clamp_min(1e-6).log().mean()
 
 
+class RelationHeads(nn.Module):
+    """What must be known to answer how two objects stand to each other, each where it is needed.
+
+    Whether "left of" holds depends on the relation and the bearing together and on neither alone, so the answer by
+    itself teaches neither: without these, left and right stay at chance for ten thousand steps.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.second_name = nn.Linear(width, BEARINGS)
+        self.asked_relation = nn.Linear(width, len(RELATIONS))
+        self.answer_bearing = nn.Linear(width, BEARINGS)
+
+    def loss(self, hidden: Sequence[Tensor], batch: AskedBatch) -> Tensor:
+        """Bearing at the second name, the relation asked for and the bearing where the answer begins; of fewer layers the last."""
+        late, last = hidden[: BEARING_LAYER + 1][-1], hidden[-1]
+        names, answers = batch.bearings != IGNORED, batch.relations != IGNORED
+        relation, stands = batch.relations[answers] // BEARINGS, batch.relations[answers] % BEARINGS
+        return (
+            nn.functional.cross_entropy(self.second_name(late[names]).float(), batch.bearings[names])
+            + nn.functional.cross_entropy(self.asked_relation(late[answers]).float(), relation)
+            + nn.functional.cross_entropy(self.answer_bearing(last[answers]).float(), stands)
+        )
+
+
 class Placed(nn.Module):
-    """A taught model with the heads that read places off names, and bearings off pairs of names."""
+    """A taught model with the heads that read places off names, and relations off pairs of names."""
 
     def __init__(self, taught: Taught):
         super().__init__()
         self.taught = taught
         width = taught.model.config.text_config.hidden_size
         self.place_head = nn.Linear(width, ABSENT + 1)
-        self.bearing_head = nn.Linear(width, BEARINGS)
+        self.relation_heads = RelationHeads(width)
 
 
 @dataclass
