@@ -21,7 +21,7 @@ from workers.data.scenes import Scene, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.scene_lessons import PATCH, VIEW, Taught, asked, normalized
+from workers.training.scene_lessons import PATCH, VIEW, Placed, Taught, asked, normalized
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE
 
@@ -48,7 +48,7 @@ class TiledSceneVLM(Recipe):
     )
 
     start: str = knob("", help="folder of a trained scene-vlm; empty = the one that comes with the studio")
-    steps: int = knob(3000, ge=1, le=1_000_000, help="optimizer steps; more = better answers")
+    steps: int = knob(2000, ge=1, le=1_000_000, help="optimizer steps; more = better answers")
     batch_size: int = knob(8, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(8e-4, gt=0, le=0.1, help="highest learning rate")
 
@@ -62,16 +62,19 @@ class TiledSceneVLM(Recipe):
         for part in (model.model.vision_tower, taught.patch_head, taught.name_head, taught.count_head):
             part.requires_grad_(False)
 
+        placed = Placed(taught)
+
         def answering(net: nn.Module, step: int) -> Tensor:
             rng = run.rng("tiles", step)
             scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
-            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, "relate")
+            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, "compare")
             with torch.autocast("cpu", torch.bfloat16):
                 sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
-                return taught.answering_loss(batch, views(scenes), None, image_sizes=sizes)
+                heads = (placed.place_head, placed.relation_heads)
+                return taught.answering_loss(batch, views(scenes), None, *heads, image_sizes=sizes)
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(200, self.steps // 10 + 1))
-        best = fit(run, "tiles", taught, schedule, answering).model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        best = fit(run, "tiles", placed, schedule, answering).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples), SIZE)
         return hand_over(

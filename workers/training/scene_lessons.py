@@ -228,7 +228,7 @@ class Taught(nn.Module):
             position_ids=batch.positions,
             use_cache=False,
             output_hidden_states=place_head is not None,
-            output_attentions=place_head is not None,
+            output_attentions=place_head is not None and views is not None,
         )
         out = read.last_hidden_state
         told = batch.targets != IGNORED
