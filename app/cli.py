@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli_space import space
 from app.cli_train import train
 from studio_state.errors import SpecError
 
@@ -30,6 +31,13 @@ PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port to 
 AuthOption = Annotated[str | None, typer.Option(metavar="USER:PASS", help="Ask for this name and password.")]
 DevicesOption = Annotated[str, typer.Option(help="Devices to offer, separated by commas, for example cpu,cuda:0.")]
 
+HostedOption = Annotated[
+    bool,
+    typer.Option(
+        "--hosted", help="For strangers: no models or files by path, bounded experiments, a record that nobody changes."
+    ),
+]
+
 
 @cli.callback(invoke_without_command=True)
 def studio(
@@ -39,10 +47,11 @@ def studio(
     auth: AuthOption = None,
     data_dir: DataOption = None,
     devices: DevicesOption = "cpu",
+    hosted: HostedOption = False,
 ) -> None:
     """Race efficiency policies against a model's own baseline, with every run kept. Without a command: open the studio."""
     if ctx.invoked_subcommand is None:
-        open_studio(host, port, auth, data_dir, devices)
+        open_studio(host, port, auth, data_dir, devices, hosted)
 
 
 @cli.command()
@@ -52,20 +61,23 @@ def serve(
     auth: AuthOption = None,
     data_dir: DataOption = None,
     devices: DevicesOption = "cpu",
+    hosted: HostedOption = False,
 ) -> None:
     """Open the studio (the same as no command)."""
-    open_studio(host, port, auth, data_dir, devices)
+    open_studio(host, port, auth, data_dir, devices, hosted)
 
 
-def open_studio(host: str, port: int | None, auth: str | None, data_dir: Path | None, devices: str) -> None:
+def open_studio(host: str, port: int | None, auth: str | None, data_dir: Path | None, devices: str, hosted: bool = False) -> None:
     """Start the web page.
 
     Raises:
         SpecError: ``auth`` or ``devices`` cannot be read.
     """
+    from app.hosted import HostedLimits
     from app.server import serve as serve_page
 
-    serve_page(host, port, read_auth(auth), data_dir, read_devices(devices))
+    limits = HostedLimits() if hosted else None
+    serve_page(host, port, read_auth(auth), data_dir, read_devices(devices), hosted=limits)
 
 
 def read_auth(auth: str | None) -> tuple[str, str] | None:
@@ -271,6 +283,7 @@ def zoo_fetch(model: Annotated[str, typer.Argument(help="Id of the model; see `z
 
 
 cli.command()(train)
+cli.command()(space)
 
 
 @cli.command()

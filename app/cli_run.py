@@ -18,7 +18,7 @@ from app.dispatch.runner import Settings
 from app.race import Race
 from app.report import all_finished, document
 from studio_state.errors import StoreError
-from studio_state.events import Event, Note
+from studio_state.events import Event, Note, Preview
 from studio_state.experiment import ExperimentSpec
 from studio_state.paths import DataDir
 
@@ -62,15 +62,16 @@ def watch(dispatch: Dispatch, experiment: str, errors: Console) -> tuple[list[Ev
         errors: console on stderr.
 
     Returns:
-        All events, and whether Ctrl-C was pressed.
+        All events but looks at unfinished pictures, and whether Ctrl-C was pressed.
     """
-    race, events = Race(experiment), []
+    race, events = Race(experiment), list[Event]()
     with _bar(errors) as progress, _terminate_as_interrupt():
         task = progress.add_task("queued", total=None)
 
         def take(source: Iterator[Event]) -> None:
             for event in source:
-                events.append(event)
+                if not isinstance(event, Preview):
+                    events.append(event)
                 race.feed([event])
                 if isinstance(event, Note):
                     progress.console.print(
@@ -85,7 +86,7 @@ def watch(dispatch: Dispatch, experiment: str, errors: Console) -> tuple[list[Ev
         except KeyboardInterrupt:
             progress.console.print("cancelling ...", style="yellow")
             dispatch.cancel(experiment, dispatch.cancel_token(experiment, "cli"))
-            take(dispatch.follow(experiment, events[-1].seq + 1 if events else 0))
+            take(dispatch.follow(experiment, race.seq + 1))
             return events, True
 
 

@@ -20,7 +20,7 @@ from studio_state.results import LaneResults, Results, results_of
 from studio_state.stats import mcnemar
 
 GROUPS = ("speed", "memory", "quality", "count")
-_DIFFERENCES = ("nll", "kl_to_baseline", "top1_agreement", "first_divergence", "same_output")
+_DIFFERENCES = ("nll", "kl_to_baseline", "top1_agreement", "first_divergence", "same_output", "ssim", "class_agreement")
 MISSING = "–"
 
 

@@ -15,14 +15,27 @@ from studio_state.metrics import METRICS
 from studio_state.store_rows import ExperimentRow
 
 MAX_PICKED = 64
-SPEED_FIRST = ("decode_tokens_per_s", "images_per_s", "score_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "end_to_end_s")
+SPEED_FIRST = (
+    "decode_tokens_per_s",
+    "images_per_s",
+    "denoising_steps_per_s",
+    "seconds_per_image",
+    "score_tokens_per_s",
+    "prefill_tokens_per_s",
+    "ttft_s",
+    "end_to_end_s",
+)
 MEMORY_FIRST = ("peak_memory_bytes", "kv_bytes", "weight_bytes")
 QUALITY_FIRST = (
     "accuracy",
     "perplexity",
+    "class_agreement",
     "top1_agreement",
     "kl_to_baseline",
+    "ssim",
+    "psnr",
     "feature_similarity",
+    "frechet_distance",
     "same_output",
     "first_divergence",
     "nll",

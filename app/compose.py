@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ SETTING_HELP = {
     "batch": "items that run together",
     "threads": "CPU threads; empty = all cores",
     "dtype": "number format of unquantized weights; auto = float32 on a CPU, the file's own on a GPU",
-    "seed": "the same seed gives the same items",
+    "seed": "the same seed gives the same items, and the same noise for pictures",
     "eos": "stop at the end-of-sequence token, or always generate the full number",
     "attention": "attention kernel, the same in every lane",
     "chunk_size": "prompt tokens per prefill step; empty = the whole prompt at once",
@@ -104,6 +104,27 @@ def is_local(model: str) -> bool:
         return False
     looks = text.startswith((".", "/", "~", "\\")) or text.lower().endswith(".gguf") or text[1:2] == ":"
     return looks or Path(text).expanduser().exists()
+
+
+def models_in_knobs(lanes: Sequence[Pipeline], catalog: Catalog) -> Iterator[tuple[Problem, str]]:
+    """Every model that a policy's knob names (the draft of speculative decoding): where it stands, and its name."""
+    for lane, pipeline in enumerate(lanes):
+        for at, step in enumerate(pipeline.steps):
+            card = catalog.by_id.get(step.policy)
+            for name, value in step.knobs.items():
+                prop = card.knobs.get("properties", {}).get(name, {}) if card else {}
+                if prop.get("format") == "path" and value:
+                    yield Problem(message="", lane=lane, step=at, policy=step.policy, knob=name), str(value)
+
+
+def local_models_in_knobs(lanes: Sequence[Pipeline], catalog: Catalog) -> list[Problem]:
+    """Those of them that would be opened by their path, where files of the host are off limits."""
+    sentence = "models cannot be opened by path here ({!r}); choose one of the list or a Hub id such as org/name"
+    return [
+        place.model_copy(update={"message": f"{place.policy}: {place.knob}: " + sentence.format(value)})
+        for place, value in models_in_knobs(lanes, catalog)
+        if is_local(value)
+    ]
 
 
 def path_problems(model: str, options: Mapping[str, Any], workload: str, catalog: Catalog) -> list[Problem]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.dispatch.base import Dispatch
+from app.hosted import HostedLimits
 from app.live import Races, Tokens
 from app.models import ModelBook
 from app.recent import Recent
@@ -33,6 +34,7 @@ class Context:
         host_token: lets the person who started the studio cancel any experiment; empty = nobody.
         store: the record; None where only running is wanted.
         claims: those that the papers page offers, by id.
+        hosted: limits for visitors where strangers can reach the page; None = the page of one person or group.
     """
 
     catalog: Catalog
@@ -45,6 +47,7 @@ class Context:
     store: Store | None = None
     host_token: str = ""
     claims: Mapping[str, Claim] = field(default_factory=load_claims)
+    hosted: HostedLimits | None = None
 
     def __post_init__(self) -> None:
         self.recent = Recent(self.known)

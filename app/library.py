@@ -22,12 +22,15 @@ RATIOS_SHOWN = (
     "decode_tokens_per_s",
     "score_tokens_per_s",
     "images_per_s",
+    "denoising_steps_per_s",
+    "denoiser_calls",
     "ttft_s",
     "visual_tokens",
     "kv_bytes",
     "weight_bytes",
     "peak_memory_bytes",
     "accuracy",
+    "class_agreement",
     "perplexity",
 )
 _MODES = {"owns": "decides alone", "edits": "changes, together with others", "needs": "needs intact", "spoils": "breaks"}

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app import race_charts, race_images, race_outputs, race_view
+from app import race_charts, race_drawn, race_experts, race_gallery, race_images, race_outputs, race_view
 from app.dispatch.job import owner_mark
 from app.race import Race
 from studio_state.events import Event
@@ -154,18 +154,20 @@ class Races:
             return out
 
     def pictures(self, experiment: str, since: int, item: str | None, ahead: Collection[str]) -> dict[str, Any]:
-        """What is new in the grid of pictures (see :func:`race_images.gallery`)."""
+        """What is new in the grid of pictures (see :func:`race_gallery.gallery`)."""
         with self._lock:
             race = self._races.get(experiment)
-            return race_images.gallery(race, since, item, ahead) if race else {"upto": since, "rows": []}
+            return race_gallery.gallery(race, since, item, ahead) if race else {"upto": since, "rows": []}
 
 
 _SECTIONS: dict[str, Callable[[Race, str | None], Any]] = {
     "lanes": lambda race, item: race_view.lanes(race),
     "streams": race_outputs.streams,
     "images": race_images.images,
+    "drawn": race_drawn.drawn,
     "charts": race_charts.charts,
     "kept": race_outputs.kept,
+    "experts": race_experts.experts,
     "table": lambda race, item: race_view.table(race),
 }
 
@@ -213,7 +215,7 @@ class Viewer:
         """Pictures and marks that the page does not have yet; each picture goes out once, not with every look."""
         new = self._races.pictures(self.experiment, self.seen, self.item, self._ahead)
         self.seen = new["upto"]
-        self._ahead |= {row["id"] for row in new["rows"] if "src" in row}
+        self._ahead |= {key for row in new["rows"] for key in race_gallery.keys_of(row)}
         return {"pictures": _dump(new)} if new["rows"] else {}
 
 

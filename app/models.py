@@ -73,12 +73,14 @@ def pending_rows(info: ModelInfo) -> list[tuple[str, str]]:
 
 def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     """Facts of a model for the page; what is not known is empty."""
-    shape = f"{info.layers} layers, width {info.hidden}, {info.heads} heads ({info.kv_heads} for KV)" if info.layers else ""
+    heads = f", {info.heads} heads" + (f" ({info.kv_heads} for KV)" if info.family != "diffusion" else "") if info.heads else ""
+    shape = f"{info.layers} layers, width {info.hidden}{heads}" if info.layers else ""
+    each = "positions of a picture" if info.family == "diffusion" else "tokens"
     return [
         ("Family", ", ".join([info.family, *info.traits])),
         ("Parameters", f"{digits(info.parameters / 1e6)} M" if info.parameters else ""),
         ("Shape", shape),
-        ("Context", f"{info.context:,} tokens" if info.context else ""),
+        ("Context", f"{info.context:,} {each}" if info.context else ""),
         ("Licence", info.licence),
         ("Source", info.source),
     ]
@@ -88,7 +90,8 @@ def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
     """What the experiment is expected to need next to what is free."""
     if estimate is None:
         return []
-    parts = f"{byte_quantity(estimate.weight_bytes)} weights + {byte_quantity(estimate.kv_bytes)} KV + {byte_quantity(estimate.activation_bytes)} activations"
+    kv = f" + {byte_quantity(estimate.kv_bytes)} KV" if estimate.kv_bytes else ""
+    parts = f"{byte_quantity(estimate.weight_bytes)} weights{kv} + {byte_quantity(estimate.activation_bytes)} activations"
     return [
         ("Memory, estimated", f"{byte_quantity(estimate.total)} ({parts})"),
         (

@@ -16,6 +16,8 @@ from studio_state import events as ev
 from studio_state.experiment import MemoryEstimate
 from studio_state.results import Results
 
+DISTANCES = ("psnr", "ssim", "same_output")  # of one picture to the baseline's of the same seed
+
 
 @dataclass
 class Race(Results):
@@ -106,14 +108,23 @@ class Race(Results):
                 self.phase = event
             case ev.ItemStarted():
                 self._begin(event)
+            case ev.Preview():
+                stream = self.stream(event.item, event.lane)
+                if event.data and stream.outcome is None:  # repeats draw the same picture again
+                    stream.preview = event
             case ev.Output():
-                self.stream(event.item, event.lane).outcome, self.last_done_at = event, event.t
+                stream = self.stream(event.item, event.lane)
+                stream.outcome, stream.preview, self.last_done_at = event, None, event.t
+            case ev.Metric() if event.name in DISTANCES and event.item in self.items:
+                self.items[event.item].measured = event.seq
             case ev.Kept():
                 self.item(event.item).kept[event.lane] = event
             case ev.Picture():
                 self.item(event.item).picture = event
             case ev.ImageTokens():
                 self.item(event.item).image_tokens[event.lane] = event
+            case ev.ExpertLoad():
+                self.item(event.item).experts[event.lane] = event
             case ev.Note():
                 self.notes.append(event)
             case ev.Submitted():

@@ -7,6 +7,7 @@ from typing import Any
 from app.components.lanes import lane_colour, lane_letter, lane_mark
 from app.components.numbers import digits, interval_text, metric_quantity, metric_title, ratio_text
 from app.race import Race
+from app.race_drawn import drawing
 from app.race_names import name_of
 from app.race_outputs import stream_of
 from app.race_view import verdict
@@ -19,6 +20,8 @@ RATIO_METRICS = (
     "score_tokens_per_s",
     "prefill_tokens_per_s",
     "images_per_s",
+    "denoising_steps_per_s",
+    "denoiser_calls",
     "ttft_s",
     "end_to_end_s",
     "weight_bytes",
@@ -26,8 +29,10 @@ RATIO_METRICS = (
     "peak_memory_bytes",
     "perplexity",
     "accuracy",
+    "class_agreement",
+    "frechet_distance",
 )
-PACE_METRICS = ("decode_tokens_per_s", "score_tokens_per_s", "accuracy", "images_per_s", "nll")
+PACE_METRICS = ("decode_tokens_per_s", "score_tokens_per_s", "accuracy", "seconds_per_image", "images_per_s", "nll")
 
 
 def charts(race: Race, item_id: str | None) -> list[Chart]:
@@ -127,7 +132,10 @@ def _running(race: Race, name: str, samples: dict[tuple[str, int], float]) -> li
 def ratios(race: Race) -> Chart | None:
     """Ratios to the reference with their intervals, on a logarithmic axis."""
     rows, table_rows = [], []
+    draws = drawing(race)
     for name in RATIO_METRICS:
+        if draws and name == "end_to_end_s":  # the same as the image speed
+            continue
         entries = [
             (i, lane.ratios[name]) for i, lane in enumerate(race.lanes) if name in lane.ratios and lane.ratios[name].value > 0
         ]

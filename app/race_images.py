@@ -1,13 +1,12 @@
-"""What the screen shows of images: the tokens that lanes work on, over the picture, and the grid of all pictures. Pure.
+"""What the screen shows of images: the tokens that lanes work on, over the picture. Pure.
 
-The pictures themselves leave here once each (:func:`gallery`); everything else names an item by its id.
+The pictures themselves leave through :func:`app.race_gallery.gallery`, once each; everything here names an item by its id.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 from app.components.lanes import lane_colour, lane_letter, lane_mark
@@ -19,7 +18,6 @@ from studio_state.events import ImageTokens, Output, Picture
 Section = dict[str, Any]
 
 MIMES = ("image/jpeg", "image/png", "image/webp", "image/gif")
-AT_ONCE = 600_000  # characters of new pictures in one message
 KEPT = 0.9995  # shares are told in four digits
 _MARK = re.compile(r"<[^<>\s]{1,40}>|\[/?INST\]")
 _ASKED = re.compile(r"(?:^|[\0\n])\s*(?:user|human)\s*[:\0\n]", re.IGNORECASE)
@@ -31,10 +29,15 @@ def source(mime: str, data: str) -> str:
     return f"data:{mime};base64,{data}" if mime in MIMES and data else ""
 
 
+def made_picture(outcome: Output | None) -> str:
+    """The map or picture that an item ended in, a base64 PNG; empty where it ended in none."""
+    found = outcome.data.get("image") if outcome and outcome.kind == "image" else None
+    return found if isinstance(found, str) else ""
+
+
 def saliency(outcome: Output | None) -> str:
     """The map that an item ended in, as a data URL; empty where it ended in none."""
-    found = outcome.data.get("image") if outcome and outcome.kind == "image" else None
-    return source("image/png", found) if isinstance(found, str) else ""
+    return source("image/png", made_picture(outcome))
 
 
 def bars(outcome: Output) -> list[Section]:
@@ -150,60 +153,3 @@ def caption(tokens: ImageTokens, views: Sequence[int] = ()) -> str:
 
 def _percent(share: float, places: int = 0) -> str:
     return f"{100 * share:.{places}f} %"
-
-
-def gallery(race: Race, since: int, item_id: str | None = None, ahead: Collection[str] = ()) -> Section:
-    """What is new in the grid of all pictures: every picture once, and the marks of the items that changed.
-
-    Args:
-        since: the ``upto`` of the last answer; -1 = from the start.
-        item_id: the chosen item. Where its picture would come in a later portion, it comes at once, and again then.
-        ahead: ids of items whose picture came so already.
-
-    Returns:
-        ``upto`` and ``rows``, one an item, with ``src`` where the picture itself is new.
-    """
-    upto = _portion(race, since)
-    shown = pictured(race, item_id)
-    rows = []
-    for item in race.items.values():
-        if item.picture is None:
-            continue
-        ends = [s.outcome.seq for s in item.streams.values() if s.outcome]
-        new = since < item.picture.seq <= upto
-        early = item is shown and item.picture.seq > upto and item.id not in ahead
-        if new or early or any(since < seq <= upto for seq in ends):
-            rows.append(_tile(race, item) | ({"src": source(item.picture.mime, item.picture.data)} if new or early else {}))
-    return {"experiment": race.experiment, "upto": upto, "rows": rows}
-
-
-def _portion(race: Race, since: int) -> int:
-    """The last event of the next message: everything, or as many pictures as go into one, but at least one."""
-    size = 0
-    new = sorted((i.picture for i in race.items.values() if i.picture and i.picture.seq > since), key=attrgetter("seq"))
-    for before, picture in zip([None, *new], new, strict=False):
-        size += len(picture.data)
-        if before is not None and size > AT_ONCE:
-            return before.seq
-    return max(since, race.seq)
-
-
-def _tile(race: Race, item: Item) -> Section:
-    """One thumbnail: per lane ``right``, ``wrong``, ``done`` (nothing to judge) or empty, and whether it differs."""
-    reference = race.spec.reference if race.spec else 0
-    ends = [stream.outcome if (stream := item.streams.get(lane)) else None for lane in range(len(race.lanes))]
-    base = ends[reference] if reference < len(ends) else None
-    states = ["" if e is None else {True: "right", False: "wrong", None: "done"}[e.correct] for e in ends]
-    differs = [e is not None and base is not None and e.text.strip() != base.text.strip() for e in ends]
-    words = [
-        f"{name_of(race, lane)} {state}" + (f", differs from {name_of(race, reference).lower()}" if differs[lane] else "")
-        for lane, state in enumerate(states)
-        if state
-    ]
-    return {
-        "id": item.id,
-        "index": item.index,
-        "states": states,
-        "differs": differs,
-        "label": f"Item {item.index + 1}: " + ("; ".join(words) or "not there yet"),
-    }

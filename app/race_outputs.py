@@ -7,6 +7,7 @@ from typing import Any
 from app.components.lanes import lane_colour, lane_mark
 from app.race import Race
 from app.race_diff import diff, runs
+from app.race_drawn import drawing, place_of, told
 from app.race_images import bars
 from app.race_names import name_of
 from app.race_parts import Item, Stream
@@ -36,13 +37,23 @@ def streams(race: Race, item_id: str | None) -> Section:
     if item is None:
         return {"item": None, "choices": [], "lanes": []}
     reference = race.spec.reference if race.spec else 0
+    draws = drawing(race)
+    shown = [(i, shown_item(race, item_id, i)) for i in range(len(race.lanes))]
     return {
         "item": item.id,
         "following": item_id is None,
         "choices": item_choices(race),
         "prompt": race.prompts.get(item.id, ""),
-        "lanes": [_text(race, shown_item(race, item_id, i), i, reference, item) for i in range(len(race.lanes))],
+        "place": place_of(item),
+        "drawing": draws,
+        "lanes": [_drawn(race, mine, i, item) if draws else _text(race, mine, i, reference, item) for i, mine in shown],
     }
+
+
+def _drawn(race: Race, item: Item | None, lane: int, current: Item) -> Section:
+    """A lane's column where pictures are drawn: the newest look at the picture, or what came of it."""
+    earlier = "" if item is None or item is current else f"item {item.index + 1}"
+    return {"lane": lane, "item": item.id if item else "", "earlier": earlier, "drawn": told(race, lane, item)}
 
 
 def _text(race: Race, item: Item | None, lane: int, reference: int, current: Item) -> Section:

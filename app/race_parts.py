@@ -16,12 +16,14 @@ class Stream:
         pieces: the text of each tuple.
         at: seconds since the item began, one per token.
         outcome: the ``Output`` event, once the item is done.
+        preview: the newest look at a picture on its way from noise; none once it is drawn.
     """
 
     ids: list[tuple[int, ...]] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
     outcome: ev.Output | None = None
+    preview: ev.Preview | None = None
 
     def tokens_per_s(self) -> float | None:
         """Tokens after the first over the time since the first; None before the second token."""
@@ -39,6 +41,8 @@ class Item:
         kept: lane -> which prompt tokens it kept.
         picture: its image with the places of the image tokens, where it has one.
         image_tokens: lane -> what it did with them.
+        experts: lane -> how its experts shared the tokens.
+        measured: seq of the latest distance told of its pictures.
     """
 
     id: str
@@ -49,3 +53,5 @@ class Item:
     kept: dict[int, ev.Kept] = field(default_factory=dict)
     picture: ev.Picture | None = None
     image_tokens: dict[int, ev.ImageTokens] = field(default_factory=dict)
+    experts: dict[int, ev.ExpertLoad] = field(default_factory=dict)
+    measured: int = -1

@@ -10,6 +10,7 @@ from typing import Any
 from app.components.lanes import lane_colour, lane_letter, lane_mark
 from app.components.numbers import clock, interval_text, metric_quantity, metric_title, ratio_text
 from app.race import Race
+from app.race_drawn import drawing
 from app.race_names import name_of
 from app.race_outputs import shown_item
 from studio_state.events import Ratio
@@ -22,12 +23,19 @@ COLUMN_METRICS = (
     "decode_tokens_per_s",
     "score_tokens_per_s",
     "images_per_s",
+    "seconds_per_image",
+    "denoising_steps_per_s",
+    "denoiser_calls",
     "ttft_s",
     "end_to_end_s",
     "perplexity",
     "accuracy",
+    "class_agreement",
+    "frechet_distance",
     "kl_to_baseline",
     "top1_agreement",
+    "psnr",
+    "ssim",
     "same_output",
 )
 MEMORY_METRICS = ("weight_bytes", "kv_bytes", "peak_memory_bytes")
@@ -116,13 +124,23 @@ def _column(race: Race, index: int, lane: LaneResults, largest: float) -> Sectio
         "flags": lane.flags + ([] if lane.interleaved else ["Ran in a block of its own, not interleaved with the others."]),
         "items": f"{len(lane.outputs)} of {race.total_items()}" if race.total_items() else "",
         "now": _speed_now(race, index),
-        "rows": [row for name in COLUMN_METRICS if (row := metric_row(race, index, name))],
+        "rows": [row for name in _column_metrics(lane) if (row := metric_row(race, index, name))],
         "memory": [bar for name in MEMORY_METRICS if (bar := _memory_bar(lane, name, largest))],
     }
 
 
+def _column_metrics(lane: LaneResults) -> tuple[str, ...]:
+    """Metrics of a column; of pictures that are drawn the time of one says it all."""
+    told = {"images_per_s", "end_to_end_s"} if "seconds_per_image" in lane.sources else set()
+    return tuple(name for name in COLUMN_METRICS if name not in told)
+
+
 def _speed_now(race: Race, lane: int) -> Section | None:
     """The large number of a column: the speed of the item at hand; at the end the lane's own speed."""
+    if drawing(race):
+        text, unit = metric_quantity("seconds_per_image", race.lanes[lane].value("seconds_per_image"))
+        known = "seconds_per_image" in race.lanes[lane].sources
+        return {"text": text, "unit": f"{unit or 's'} per picture", "when": "so far" if known and not race.over else ""}
     names = [n for n in ("decode_tokens_per_s", "score_tokens_per_s") if n in race.lanes[lane].sources]
     if race.over and names:
         text, unit = metric_quantity(names[0], race.lanes[lane].value(names[0]))

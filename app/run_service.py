@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.compose import make_spec, path_problems, read_lanes
+from app.compose import local_models_in_knobs, make_spec, path_problems, read_lanes
 from app.context import Context
 from app.live import Visitor
 from app.race import Race
@@ -18,8 +18,17 @@ from studio_state.problems import Problem, pipeline_problems, problems
 
 def all_problems(ctx: Context, spec: ExperimentSpec) -> list[Problem]:
     """Everything that keeps the experiment from running, as far as this process can tell."""
-    found = [] if ctx.local_paths else path_problems(spec.model, spec.workload.options, spec.workload.id, ctx.catalog)
-    return found + problems(spec, ctx.catalog, ctx.models.known(spec.model), ctx.unavailable(spec.device))
+    return refusals(ctx, spec) + problems(spec, ctx.catalog, ctx.models.known(spec.model), ctx.unavailable(spec.device))
+
+
+def refusals(ctx: Context, spec: ExperimentSpec) -> list[Problem]:
+    """What the host does not let visitors ask for."""
+    if ctx.hosted is not None:
+        return ctx.hosted.problems(spec, ctx.catalog)
+    if ctx.local_paths:
+        return []
+    found = path_problems(spec.model, spec.workload.options, spec.workload.id, ctx.catalog)
+    return found + local_models_in_knobs(spec.lanes, ctx.catalog)
 
 
 def start(ctx: Context, spec: ExperimentSpec, owner: str, origin: str = "studio") -> str:

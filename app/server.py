@@ -17,6 +17,7 @@ from app.components.theme import theme
 from app.context import Context
 from app.dispatch.local import LocalDispatch
 from app.dispatch.runner import Settings
+from app.hosted import HostedLimits
 from app.live import routes
 from app.views import compare, library, papers, studio
 from studio_state.catalog import Catalog
@@ -66,9 +67,10 @@ def launch(page: gr.Blocks, context: Context, host: str, port: int | None, auth:
             enable_monitoring=False,
             footer_links=["api"],
             max_threads=MAX_THREADS,
+            max_file_size="1mb" if context.hosted else None,
             theme=theme(),
             head=page_assets.head(),
-            css_paths=page_assets.css_paths(),
+            css_paths=page_assets.css_paths(context.hosted is not None),
             app_kwargs={"routes": routes(context.tokens, context.races)},
             prevent_thread_lock=True,
         )
@@ -86,6 +88,7 @@ def serve(
     *,
     local_paths: bool | None = None,
     settings: Settings | None = None,
+    hosted: HostedLimits | None = None,
     catalog: Catalog | None = None,
     claims: Mapping[str, Claim] | None = None,
 ) -> None:
@@ -97,12 +100,16 @@ def serve(
         devices: devices that experiments may run on; one worker each.
         local_paths: whether visitors may open models and files by path; None = only if nobody else can reach the page.
         settings: how workers are started.
+        hosted: limits for visitors where strangers can reach the page; then nothing is opened by its path.
         claims: those that the papers page offers; None = the packaged ones.
 
     Raises:
         StoreError: the data directory cannot be used, or another studio has it.
     """
     data = DataDir.at(data_dir).open()
+    if hosted is not None:
+        local_paths, settings = False, hosted.settings(settings or Settings())
+        os.environ.update(hosted.environment())  # the workers inherit it
     with Store(data) as store, LocalDispatch(data, devices, store, settings) as dispatch:
         context = Context(
             catalog=catalog or Catalog.load(),
@@ -114,6 +121,7 @@ def serve(
             known=[row.id for row in store.experiments(limit=8)],
             store=store,
             claims=load_claims() if claims is None else claims,
+            hosted=hosted,
         )
         page = build(context)
         address = launch(page, context, host, port, auth)

@@ -206,6 +206,18 @@ class ImageTokens(Event):
     group: list[int] = Field(default_factory=list)
 
 
+class ExpertLoad(Event):
+    """How the experts of a model shared the tokens of an item: per decoder layer each expert's share of the visits.
+
+    A layer without experts has []; an expert that nobody visited, or that a policy took out, has 0.
+    """
+
+    event: Literal["expert_load"] = "expert_load"
+    lane: int
+    item: str
+    layers: list[list[float]]
+
+
 class Preview(Event):
     """What a picture looks like on its way from noise. ``step`` steps of ``of`` are done; ``data`` is a base64 PNG."""
 
@@ -271,7 +283,7 @@ class Unknown(Event):
 
 AnyEvent = Annotated[
     Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
-    | Kept | Picture | ImageTokens | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
+    | Kept | Picture | ImageTokens | ExpertLoad | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)

@@ -67,7 +67,7 @@ def _json(value: Any) -> str:
 
 
 def fold(batch: _Batch, e: ev.Event) -> None:
-    """Put what one event says into the rows of a batch. Streaming events (phase, item, tokens, pictures) leave no row."""
+    """Put what one event says into the rows of a batch. Phases, items, tokens, pictures and expert loads stay in the spool alone."""
     row, x = batch.experiments[e.experiment], e.experiment
     match e:
         case ev.Metric():

@@ -42,6 +42,8 @@ RESOURCES: dict[str, str] = {
     "denoise.schedule": "how many denoising steps run and at which times",
     "denoise.reuse": "which denoiser blocks run and which reuse an earlier result",
     "denoise.guidance": "how the conditional and unconditional passes are combined",
+    "denoise.attention": "which tokens the denoiser's self-attention sees",
+    "denoise.rows": "the denoiser gets the same rows at every step",
     "decode.loop": "how the next tokens are decided",
     "decode.sampling": "how a token is drawn from the logits",
     "runtime.step": "how one decode step is executed",

@@ -110,6 +110,29 @@ def gemma3_folder(name: str = "gemma3", **changes: Any) -> Path:
     return _folder(name, config, changes)
 
 
+def moe_folder(kind: str = "mixtral", **changes: Any) -> Path:
+    """A mixture of 8 experts in every layer, of the Llama's shape otherwise; tokens visit 2 of them.
+
+    Args:
+        kind: ``mixtral`` and ``qwen3_moe`` normalise the two weights to 1, ``olmoe`` and ``qwen2_moe`` (which has a shared expert
+            beside them) do not.
+        changes: config fields that differ.
+    """
+
+    def config(ids: dict[str, int]) -> Any:
+        from transformers import AutoConfig
+
+        experts = "num_local_experts" if kind == "mixtral" else "num_experts"
+        shape = {**LLAMA_SHAPE, "intermediate_size": 48, experts: 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+        if kind.startswith("qwen"):
+            shape |= {"moe_intermediate_size": 48, "norm_topk_prob": kind == "qwen3_moe"}
+        if kind == "qwen2_moe":
+            shape |= {"shared_expert_intermediate_size": 40}
+        return AutoConfig.for_model(kind, **{**shape, **changes}, **ids)
+
+    return _folder(kind, config, changes)
+
+
 def gpt2_folder(name: str = "gpt2", **changes: Any) -> Path:
     """GPT-2: learnt positions, LayerNorm, one fused QKV; not of the lean shape."""
 

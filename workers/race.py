@@ -18,7 +18,7 @@ from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import so_far, summarize
 from workers.session import Cancelled, Session
-from workers.telling import Teller, batch_key, first_difference, image_tokens_event, kept_event, picture_event
+from workers.telling import Teller, batch_key, expert_load_event, first_difference, image_tokens_event, kept_event, picture_event
 from workers.workloads.base import Item, Workload
 
 OUTPUTS = {
@@ -117,16 +117,17 @@ class Race:
     def run(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
         """All items, all repeats, lanes in rotating order; then the quality of each item."""
         repeats = self.session.spec.repeats
-        total = len(batches) * repeats
+        total, items = len(batches) * repeats, sum(map(len, batches))
         turn = 0
         for repeat in range(repeats):
-            for number, batch in enumerate(batches):
+            number = 0  # of the batch's first item
+            for batch in batches:
                 traces: dict[int, RunTrace] = {}
                 running = self.live()
                 for lane in running[turn % max(1, len(running)) :] + running[: turn % max(1, len(running))]:
                     yield Phase(name="run", lane=lane.index, done=turn / total)
                     try:
-                        trace = yield from self._item(lane, batch, number, len(batches), repeat)
+                        trace = yield from self._item(lane, batch, number, items, repeat)
                     except Cancelled:
                         raise
                     except Exception as e:
@@ -134,6 +135,7 @@ class Race:
                         continue
                     traces[lane.index] = trace
                 turn += 1
+                number += len(batch)
                 yield from so_far(self.current, self.session.spec.reference) if len(self.current) == len(self.lanes) else ()
                 if repeat == 0:
                     yield Phase(name="quality", done=turn / total)
@@ -151,7 +153,7 @@ class Race:
                 if first and image is not None:
                     yield picture_event(item.id, image)
                 prompt, pieces = (trace.prompts[row], trace.pieces[row]) if first else ("", [])
-                yield ItemStarted(lane=lane.index, item=item.id, index=number, of=of, repeat=repeat, prompt=prompt, pieces=pieces)
+                yield ItemStarted(lane=lane.index, item=item.id, index=number + row, of=of, repeat=repeat, prompt=prompt, pieces=pieces)
             teller = Teller(lane.index, batch, repeat)
             for step in family.run(session, trace):
                 yield from teller.heard(step)
@@ -186,6 +188,8 @@ class Race:
                 yield image_tokens_event(lane.index, result.item.id, trace.seen[row])
             if row < len(trace.kept) and any(min(layer, default=1.0) < 1 for layer in trace.kept[row]):
                 yield kept_event(lane.index, result.item.id, trace.kept[row])
+            if row < len(trace.experts):
+                yield expert_load_event(lane.index, result.item.id, trace.experts[row])
 
     # -- quality ---------------------------------------------------------------------------
     def _quality(self, batch: list[Item], traces: dict[int, RunTrace]) -> Iterator[Event]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import nn
 
 from studio_state.catalog import Card
 from studio_state.errors import SpecError
@@ -29,6 +30,8 @@ class Trained(BaseModel):
     Attributes:
         scores: metric -> value on data that the training never saw.
         examples: how many of them.
+        measured_on: what they are, in the words of the model card.
+        library: that loads the checkpoint, as the model card names it.
         seconds: training time on this machine, by phase.
         data: what it was trained on, and its licence.
     """
@@ -47,6 +50,8 @@ class Trained(BaseModel):
     data: str
     licence: str
     limits: str
+    measured_on: str = "examples that the training never saw"
+    library: str = "transformers"
 
 
 class Recipe(Declared, ABC):
@@ -108,19 +113,25 @@ def hand_over(run: TrainingRun, recipe: Recipe, model: Any, **facts: Any) -> Tra
     """Save a trained model in half precision with its card.
 
     Args:
-        model: of the library; saved as bfloat16 safetensors.
+        model: of the library, or a pipeline of models; saved as bfloat16 safetensors.
         facts: the other fields of :class:`Trained`.
     """
-    model.to(torch.bfloat16).save_pretrained(run.out)
+    is_pipeline = not isinstance(model, nn.Module)
+    parts = [part for part in model.components.values() if isinstance(part, nn.Module)] if is_pipeline else [model]
+    for part in parts:
+        part.bfloat16()
+    model.save_pretrained(run.out)
+    names = [type(part).__name__ for part in parts]
     trained = Trained(
         recipe=recipe.card.id,
         title=recipe.card.title,
-        architecture=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
+        architecture=f"{type(model).__name__} ({' + '.join(names)})" if is_pipeline else names[0],
+        parameters=sum(p.numel() for part in parts for p in part.parameters()),
         knobs=recipe.model_dump(),
         seed=run.seed,
         seconds={k: round(v, 1) for k, v in run.seconds.items()},
         threads=torch.get_num_threads(),
+        library="diffusers" if is_pipeline else "transformers",
         **facts,
     )
     (run.out / FACTS).write_text(trained.model_dump_json(indent=2) + "\n")
@@ -134,7 +145,7 @@ def model_card(trained: Trained) -> str:
     phases = ", ".join(f"{n} {s:.0f} s ({trained.steps.get(n, 0)} steps)" for n, s in trained.seconds.items())
     return f"""---
 license: {trained.licence.lower()}
-library_name: transformers
+library_name: {trained.library}
 ---
 # {trained.title}
 
@@ -145,7 +156,7 @@ library_name: transformers
 * **Made again by:** `{command(trained)}`
 * **Limits:** {trained.limits}
 
-Measured on {trained.examples:,} examples that the training never saw:
+Measured on {trained.examples:,} {trained.measured_on}:
 
 | metric | value |
 |---|---|

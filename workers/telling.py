@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from studio_state.events import Event, ImageTokens, Kept, Picture, Preview, Tokens
+from studio_state.events import Event, ExpertLoad, ImageTokens, Kept, Picture, Preview, Tokens
 from workers.families.base import SeenImage, StepResult
 from workers.mechanisms.visual_tokens import ImageRecord
 from workers.workloads.base import Item, ItemResult
@@ -83,3 +83,8 @@ def image_tokens_event(lane: int, item: str, record: ImageRecord) -> ImageTokens
         level=[round(x, 4) for x in level],
         group=record.group,
     )
+
+
+def expert_load_event(lane: int, item: str, layers: list[list[float]]) -> ExpertLoad:
+    """How the experts shared the tokens of one item, small enough to send."""
+    return ExpertLoad(lane=lane, item=item, layers=[[round(share, 4) for share in layer] for layer in layers])

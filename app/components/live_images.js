@@ -4,21 +4,31 @@
 
   /** Pictures and marks of the watched experiment. Python sends each picture once; `upto` says how far it has come. */
   PS.pictureStore = () => {
+    const sources = new Map(), looks = new Map();                   // item, or item/lane -> address; item/lane -> a picture on its way
     const store = {
       upto: -1,
-      sources: new Map(),
       take(news) {
         store.upto = news.upto;
-        for (const row of news.rows) if (row.src) store.sources.set(row.id, row.src);
+        for (const row of news.rows) {
+          if (row.src) sources.set(row.id, row.src);
+          for (const [lane, src] of Object.entries(row.previews || {})) looks.set(`${row.id}/${lane}`, src);
+          for (const [lane, src] of Object.entries(row.drawn || {})) { sources.set(`${row.id}/${lane}`, src); looks.delete(`${row.id}/${lane}`); }
+        }
       },
-      source: (id) => store.sources.get(id) || '',
-      clear() { store.upto = -1; store.sources.clear(); },
+      source: (id) => sources.get(id) || '',
+      drawn: (id, lane) => sources.get(`${id}/${lane}`) || looks.get(`${id}/${lane}`) || '',
+      clear() { store.upto = -1; sources.clear(); looks.clear(); },
     };
     return store;
   };
 
-  /** What is asked, with its picture, above the columns of the lanes. */
-  PS.questionAsked = (place, images, store) => {
+  /** What is asked, with its picture, above the columns of the lanes; or what is to be drawn. */
+  PS.questionAsked = (place, images, store, streams) => {
+    if (streams?.drawing && streams.prompt) {
+      PS.redraw(place, [streams.item, streams.prompt, streams.place], () => [el('figure', { class: 'li-question' },
+        el('figcaption', {}, el('span', { class: 'ps-quiet' }, `Asked for, ${streams.place}`), el('p', {}, streams.prompt)))]);
+      return;
+    }
     const src = images?.item ? store.source(images.item) : '';
     PS.redraw(place, images?.question ? [images.item, images.question, images.place, Boolean(src)] : null, () => (images?.question ? [
       el('figure', { class: 'li-question' }, el('img', { class: 'li-small', alt: `Picture of ${images.place}`, src: src || false }),

@@ -60,10 +60,12 @@
   /** The text of each lane for the item in view, differences to the reference marked. */
   PS.laneTexts = (place, picker, data, choose, chosen, store) => {
     const s = data.streams;
+    place.classList.toggle('lr-drawing', Boolean(s?.drawing));
     for (const node of place.children) {
       const mine = s?.lanes?.find((l) => l.lane === Number(node.dataset.laneIndex)), box = node.querySelector('.lr-text');
       box.classList.toggle('lr-short', Boolean(mine?.short));
       if (!mine) { box.replaceChildren(); continue; }
+      if (mine.drawn) { PS.drawnColumn(box, mine, store, data.lanes?.[mine.lane]?.name || `lane ${mine.lane}`); continue; }
       if (mine.bars?.length) {
         const src = store.source(mine.item);
         PS.redraw(box, [mine, Boolean(src)], () => [PS.classBars(mine, src), el('p', { class: 'ps-quiet' }, judged(mine))]);

@@ -8,7 +8,8 @@
     const { owner, host } = PS.visitor();
     let data = {}, watching = '', item = null, spoken = '', lost = 'live', keptLane = null, busy = '';
 
-    const store = PS.pictureStore(), panels = PS.imagePanels(part('images'));
+    const store = PS.pictureStore(), panels = PS.imagePanels(part('images')), drawn = PS.drawnPanel(part('drawn'));
+    const looked = () => data.images?.item || data.drawn?.item || null;
     const choose = (id) => { item = id; feed.watch(watching, item); }, gallery = PS.gallery(part('gallery'), choose);
 
     const feed = PS.liveFeed(root, {
@@ -22,14 +23,15 @@
       state: (how) => { if (how !== lost) { lost = how; dirty.add('head'); draw(); } },
       seen: () => store.upto,
     });
-    const SECTIONS = ['head', 'lanes', 'streams', 'images', 'charts', 'kept', 'table'];
+    const SECTIONS = ['head', 'lanes', 'streams', 'images', 'drawn', 'charts', 'kept', 'experts', 'table'];
     const dirty = new Set(['jobs', ...SECTIONS]);
 
     function arrived(pictures) {
       store.take(pictures);
       gallery.take(pictures);
       dirty.add('images');
-      if (data.streams?.lanes.some((lane) => lane.bars?.length)) dirty.add('streams');
+      if (data.drawn?.item) dirty.add('drawn');
+      if (data.streams?.lanes.some((lane) => lane.bars?.length || lane.drawn)) dirty.add('streams');
     }
 
     function look(experiment, push) {
@@ -40,6 +42,7 @@
       SECTIONS.forEach((name) => dirty.add(name));
       store.clear();
       gallery.clear();
+      drawn.clear();
       part('charts').replaceChildren();
       const others = part('jobs').querySelector('details');
       if (others) others.open = false;
@@ -80,11 +83,18 @@
         PS.laneColumns(part('lanes'), data, choose);
         gallery.draw(data.lanes || []);
       },
-      streams: () => PS.laneTexts(part('lanes'), part('picker'), data, choose, item, store),
+      streams() {
+        PS.laneTexts(part('lanes'), part('picker'), data, choose, item, store);
+        PS.questionAsked(part('question'), data.images, store, data.streams);
+      },
       images() {
-        PS.questionAsked(part('question'), data.images, store);
+        PS.questionAsked(part('question'), data.images, store, data.streams);
         panels(data.images, store);
-        gallery.draw(data.lanes || [], data.images?.item || null);
+        gallery.draw(data.lanes || [], looked());
+      },
+      drawn() {
+        drawn.draw(data.drawn, store);
+        gallery.draw(data.lanes || [], looked());
       },
       charts() {
         const place = part('charts'), wanted = data.charts || [];
@@ -92,6 +102,7 @@
         if (figures.some((f, i) => place.children[i] !== f) || place.children.length !== figures.length) place.replaceChildren(...figures);
       },
       kept: () => PS.evictionMap(part('kept'), data.kept, keptLane, (lane) => { keptLane = lane; drawers.kept(); }),
+      experts: () => PS.expertLoad(part('experts'), data.experts),
       table: () => PS.raceTable(part('table'), data.table),
     };
 

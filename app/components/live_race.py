@@ -18,9 +18,11 @@ TEMPLATE = """
   <div class="lr-question"></div>
   <div class="lr-lanes" role="group" aria-label="Lanes"></div>
   <div class="lr-images" role="group" aria-label="Pictures"></div>
+  <div class="lr-drawn"></div>
   <div class="lr-gallery"></div>
   <div class="lr-charts" role="group" aria-label="Charts"></div>
   <div class="lr-kept"></div>
+  <div class="lr-experts"></div>
   <div class="lr-table"></div>
   <div class="ps-hidden lr-status" role="status" aria-live="polite"></div>
 </div>"""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from studio_state.metrics import METRICS
 
-SHARES = frozenset({"accuracy", "top1_agreement", "same_output", "zero_weights", "quantized_kv_share"})
+SHARES = frozenset({"accuracy", "top1_agreement", "same_output", "class_agreement", "zero_weights", "quantized_kv_share"})
 NO_VALUE = "–"
 WIDEST_INTERVAL = 100.0  # upper over lower end of what is shown in digits
 TITLES = {
@@ -19,6 +19,8 @@ TITLES = {
     "decode_tokens_per_s": "Decode speed",
     "score_tokens_per_s": "Scoring speed",
     "images_per_s": "Image speed",
+    "seconds_per_image": "Time per picture",
+    "denoising_steps_per_s": "Denoising speed",
     "encode_s": "Encoding images",
     "visual_tokens": "Image tokens",
     "end_to_end_s": "End to end",
@@ -30,6 +32,11 @@ TITLES = {
     "top1_agreement": "Same top token as baseline",
     "same_output": "Same output as baseline",
     "first_divergence": "First differing token",
+    "psnr": "PSNR to baseline",
+    "ssim": "SSIM to baseline",
+    "class_agreement": "Seen as asked for",
+    "frechet_distance": "Fréchet distance",
+    "frechet_noise": "Fréchet distance of real pictures",
     "kv_bytes": "KV cache",
     "prefill_kv_bytes": "KV cache after prefill",
     "weight_bytes": "Weights",
@@ -39,6 +46,8 @@ TITLES = {
     "p_value": "p-value against the reference",
     "quantized_kv_share": "KV cache in few bits",
     "kept_prompt_tokens": "Prompt tokens kept",
+    "denoiser_calls": "Runs of the denoiser",
+    "cache_hits": "Steps that reused work",
 }
 
 
@@ -115,7 +124,7 @@ def metric_quantity(name: str, value: float | None) -> Quantity:
         return byte_quantity(value)
     if info.unit == "s":
         return seconds_quantity(value)
-    if info.unit in ("tokens", "passes", "modules"):
+    if info.unit in ("tokens", "passes", "modules", "steps", "calls", "hits"):
         return Quantity(f"{value:,.0f}" if float(value).is_integer() else digits(value, 4), info.unit)
     return Quantity(digits(value), info.unit)
 

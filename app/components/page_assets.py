@@ -17,7 +17,10 @@ SCRIPTS = (
     "live_parts.js",
     "live_tokens.js",
     "live_images.js",
+    "live_swipe.js",
+    "live_drawn.js",
     "live_gallery.js",
+    "live_experts.js",
     "live_race.js",
     "facts.js",
     "vega_chart.js",
@@ -26,7 +29,16 @@ SCRIPTS = (
     "library.js",
     "papers.js",
 )
-STYLES = ("page.css", "pipeline_editor.css", "live_race.css", "live_images.css", "compare.css", "library.css", "papers.css")
+STYLES = (
+    "page.css",
+    "pipeline_editor.css",
+    "live_race.css",
+    "live_images.css",
+    "live_drawn.css",
+    "compare.css",
+    "library.css",
+    "papers.css",
+)
 
 
 def head() -> str:
@@ -34,6 +46,10 @@ def head() -> str:
     return "".join(f"<script>\n{(HERE / name).read_text(encoding='utf-8')}\n</script>\n" for name in SCRIPTS)
 
 
-def css_paths() -> list[Path]:
-    """The style sheets, in order."""
-    return [HERE / name for name in STYLES]
+def css_paths(hosted: bool = False) -> list[Path]:
+    """The style sheets, in order.
+
+    Args:
+        hosted: also hide the buttons for what a hosted studio refuses.
+    """
+    return [HERE / name for name in (*STYLES, *(("hosted.css",) if hosted else ()))]

@@ -83,7 +83,7 @@
       return el('label', { class: 'ps-check', for: id }, box, label);
     }
     if (kind.type === 'integer' || kind.type === 'number') return numberControl(id, kind, value, described, label, read);
-    const long = kind.type === 'json' || kind.type === 'object' || kind.format === 'textarea' || (kind.maxLength || 0) > 400;
+    const long = kind.type === 'json' || kind.type === 'object' || ['lines', 'textarea'].includes(kind.format) || (kind.maxLength || 0) > 400;
     const box = el(long ? 'textarea' : 'input', { id, rows: long ? 4 : false, type: long ? false : 'text', 'aria-describedby': described, placeholder: kind.optional ? 'automatic' : '', on: { input: () => read(box.value) } });
     box.value = shown(value);
     return box;

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
-from studio_state.events import TERMINAL, Event
+from studio_state.events import TERMINAL, Event, Output, Preview
 from studio_state.paths import DataDir
 from studio_state.spool import read_spool
 
@@ -23,6 +23,7 @@ class Bus:
     """Events of running and recent experiments in memory; those of older ones come from their spools.
 
     Readers keep their own place, so publishing is an append and a wake-up, whatever they do.
+    Of the looks at one picture on its way only the newest keeps its data: eight a picture would fill the memory.
 
     Args:
         data: where the spools lie.
@@ -32,6 +33,7 @@ class Bus:
     def __init__(self, data: DataDir, keep: int = 16):
         self._data, self._keep = data, keep
         self._logs: dict[str, list[Event]] = {}
+        self._looks: dict[str, dict[tuple[int, str], int]] = {}  # experiment -> (lane, item) -> seq of the newest look
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._listeners: list[Callable[[str], None]] = []
         self._changed = threading.Condition()
@@ -43,8 +45,10 @@ class Bus:
         experiment = events[0].experiment
         with self._changed:
             self._logs.setdefault(experiment, []).extend(events)
+            self._forget_looks(experiment, events)
             if is_terminal(events[-1]):
                 self._ended[experiment] = None
+                self._looks.pop(experiment, None)
                 while len(self._ended) > self._keep:
                     del self._logs[self._ended.popitem(last=False)[0]]
             self._changed.notify_all()
@@ -55,6 +59,17 @@ class Bus:
             except Exception:  # a closed event loop of a browser tab must not end an experiment
                 log.exception("a listener failed and is dropped")
                 self._drop(wake)
+
+    def _forget_looks(self, experiment: str, events: Sequence[Event]) -> None:
+        """Drop the data of looks that a newer one, or the picture itself, takes the place of."""
+        log, looks = self._logs[experiment], self._looks.setdefault(experiment, {})
+        for event in events:
+            if isinstance(event, Preview | Output):
+                old = looks.pop((event.lane, event.item), None)
+                if old is not None:
+                    log[old] = log[old].model_copy(update={"data": ""})
+            if isinstance(event, Preview):
+                looks[event.lane, event.item] = event.seq
 
     def since(self, experiment: str, seq: int = 0) -> list[Event]:
         """Events with ``seq`` or later that are there now."""

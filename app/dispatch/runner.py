@@ -18,6 +18,7 @@ from app.dispatch.client import WorkerClient, worker_command
 from app.dispatch.device_lock import DeviceLock
 from app.dispatch.fair_queue import FairQueue
 from app.dispatch.job import Exit, Job, Wake
+from app.dispatch.time_limit import time_limit
 from app.dispatch.worker_log import WorkerLog
 from studio_state.errors import DeviceBusy, StudioError, WorkerLost
 from studio_state.events import Cancelled, Event, Failed, ModelLoaded, Note
@@ -36,6 +37,8 @@ class Settings:
         start_s: time that a worker may take to say hello.
         unload_after_s: idle time after which the worker is told to drop its model.
         wait_for_device: wait while another process has the device; else the experiment fails.
+        most_s: time after which an experiment is cancelled; None = as long as it takes.
+        waiting, waiting_each: experiments that may wait in all, and of one owner.
     """
 
     command: Callable[[str], Sequence[str]] = field(default=worker_command)
@@ -43,6 +46,9 @@ class Settings:
     start_s: float = 300.0
     unload_after_s: float = 600.0
     wait_for_device: bool = True
+    most_s: float | None = None
+    waiting: int = 256
+    waiting_each: int = 32
 
 
 class DeviceRunner:
@@ -54,7 +60,7 @@ class DeviceRunner:
 
     def __init__(self, device: str, logs: Path, settings: Settings):
         self.device, self.settings = device, settings
-        self.jobs: FairQueue[Job] = FairQueue()
+        self.jobs: FairQueue[Job] = FairQueue(settings.waiting, settings.waiting_each)
         self.lock = DeviceLock(device)
         self.current: Job | None = None
         self._state = "idle"
@@ -188,7 +194,8 @@ class DeviceRunner:
         if job.spec.isolate:
             client.send(op="unload")  # its lanes run in processes of their own, which need the memory
         client.send(op="run", experiment=job.experiment, spec=job.spec.model_dump(mode="json"))
-        self._see_through(job, client)
+        with time_limit(job, self.settings.most_s):
+            self._see_through(job, client)
 
     def _take_device(self, job: Job) -> bool:
         """Lock the device; False if the job was cancelled while it waited."""

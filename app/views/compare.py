@@ -20,7 +20,8 @@ from app.components.history_table import HistoryTable
 from app.components.numbers import metric_title
 from app.components.vega_chart import VegaChart, vega_bundle
 from app.context import Context
-from studio_state.errors import StudioError
+from app.hosted import READ_ONLY
+from studio_state.errors import StoreError, StudioError
 from studio_state.runcard import MAX_BYTES
 from studio_state.store import Store
 
@@ -56,12 +57,12 @@ def _layout(ctx: Context, store: Store) -> _Page:
     gr.set_static_paths([bundle.parent])
     page.history = HistoryTable(
         history_page=_answering("history_page", lambda q: history_rows(store, q)),
-        history_act=_answering("history_act", lambda q: act(store, q)),
+        history_act=_answering("history_act", _changing(ctx, lambda q: act(store, q))),
         most=MAX_PICKED, elem_id="history",
     )  # fmt: skip
     page.files = RunFiles(
         export_file=_answering("export_file", lambda q: export_files(store, q)),
-        import_file=_answering("import_file", lambda q: import_file(store, q)),
+        import_file=_answering("import_file", _changing(ctx, lambda q: import_file(store, q))),
         most_bytes=MAX_BYTES, elem_id="run-files",
     )  # fmt: skip
     with gr.Row(elem_classes="cp-axes"):
@@ -86,6 +87,17 @@ def _answering(name: str, work: Ask) -> Ask:
             return {"error": sentence_of(e)}
 
     answer.__name__ = name
+    return answer
+
+
+def _changing(ctx: Context, work: Ask) -> Ask:
+    """What changes the record that all visitors see; refused in a hosted studio."""
+
+    def answer(request: Any) -> dict[str, Any]:
+        if ctx.hosted:
+            raise StoreError(READ_ONLY)
+        return work(request)
+
     return answer
 
 

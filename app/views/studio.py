@@ -16,8 +16,9 @@ from app.compose import settings_schema
 from app.context import Context
 from app.models import choices
 from app.views.studio_calls import editor_calls, live_calls
-from app.views.studio_events import StudioEvents, show_model, show_workload, workload_choices
-from studio_state.catalog import Catalog, WorkloadCard, asset
+from app.views.studio_events import StudioEvents, show_model, show_workload, usual_workload, workload_choices
+from studio_state import zoo
+from studio_state.catalog import WorkloadCard, asset
 
 TITLE = "Studio"
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -70,20 +71,25 @@ def examples() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(asset("pipelines").glob("*.json"))]
 
 
-def first_workload(catalog: Catalog) -> WorkloadCard:
-    """The workload that the page opens with."""
-    cards = catalog.workload_by_id
-    return next((cards[i] for i in FIRST_WORKLOADS if i in cards), catalog.workloads[0])
+def opening(ctx: Context) -> tuple[str, WorkloadCard]:
+    """The model and the workload that the page opens with.
+
+    In a hosted studio it is a model that is there already, so that a mere visit fetches nothing.
+    """
+    if ctx.hosted is not None and (here := [e for e in zoo.entries() if zoo.is_cached(e)]):
+        return here[0].id, ctx.catalog.workload_by_id[usual_workload(ctx.catalog, here[0].family)]
+    cards = ctx.catalog.workload_by_id
+    first = next((cards[i] for i in FIRST_WORKLOADS if i in cards), ctx.catalog.workloads[0])
+    return next((e.id for e in zoo.entries()), ""), first
 
 
 def layout(ctx: Context) -> StudioPage:
     """All components, top to bottom."""
-    first, models = first_workload(ctx.catalog), choices()
+    (chosen, first), models = opening(ctx), choices()
     model_info = "One of the list, a Hub id org/name" + (", or a folder or GGUF file here" if ctx.local_paths else "")
     parts: dict[str, Any] = {}
     with gr.Row(elem_classes="ps-setup"):
         with gr.Column(scale=4, min_width=280):
-            chosen = models[0][1] if models else ""
             parts["model"] = gr.Dropdown(
                 models, value=chosen or None, label="Model", info=model_info, allow_custom_value=True, elem_id="model"
             )

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from app.context import Context
+from app.hosted import READ_ONLY
 from app.live import Visitor
-from app.run_service import cancel_for, check, sentences
+from app.run_service import cancel_for, check, sentence, sentences
 from studio_state.errors import StudioError
 
 Data = dict[str, Any]
@@ -24,6 +25,8 @@ def editor_calls(ctx: Context) -> dict[str, Call]:
         return [p.model_dump(mode="json") for p in ctx.saved.all()]
 
     def save_pipeline(pipeline: Data) -> Data:
+        if ctx.hosted:
+            return {"message": sentence(READ_ONLY)}
         try:
             kept = ctx.saved.save(pipeline)
         except StudioError as e:
@@ -34,6 +37,8 @@ def editor_calls(ctx: Context) -> dict[str, Call]:
         return {"saved": shelf()}
 
     def forget_pipeline(name: str) -> Data:
+        if ctx.hosted:
+            return {"message": sentence(READ_ONLY), "saved": shelf()}
         try:
             ctx.saved.forget(str(name))
         except StudioError as e:

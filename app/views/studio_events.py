@@ -12,12 +12,14 @@ from app.components.knob_form import form_value
 from app.compose import make_spec, path_problems, read_lanes, settings_schema
 from app.context import Context
 from app.estimate import estimate_seconds, estimate_text
+from app.hosted import READ_ONLY
 from app.models import memory_rows, model_rows, pending_rows
-from app.run_service import sentence, sentences, start
+from app.run_service import refusals, sentence, sentences, start
 from app.views.shared_link import link_of, read_link
 from studio_state.catalog import Catalog, WorkloadCard
 from studio_state.errors import SpecError, StudioError
 from studio_state.experiment import ExperimentSpec
+from studio_state.problems import Problem
 
 Data = dict[str, Any]
 
@@ -115,19 +117,29 @@ class StudioEvents:
     def look_up(self, *state: Any) -> Data:
         """Ask the worker what the model is and what the experiment would need."""
         on = OnPage(*state)
-        refused = [] if self.ctx.local_paths else path_problems(on.model or "", {}, "", self.ctx.catalog)
+        refused = self._refused_model(on.model or "")
         if refused or not on.model:
             return facts([], sentences(SpecError(refused))[0] if refused else "Choose a model.", "warning")
         try:
-            found = self.ctx.models.look_up(on.model, on.spec_or_none(), on.device)
+            spec = on.spec_or_none()
+            if spec is not None and self.ctx.hosted and refusals(self.ctx, spec):
+                spec = None  # the worker does not hear of what is not allowed
+            found = self.ctx.models.look_up(on.model, spec, on.device)
         except StudioError as e:
             info = self.ctx.models.known(on.model)
             return facts(model_rows(info) if info else [], sentences(e)[0], "warning")
         rows = [*model_rows(found.info), *memory_rows(found.estimate)]
         return facts(rows, found.info.note, "info" if found.fits_baseline else "warning")
 
+    def _refused_model(self, model: str) -> list[Problem]:
+        if self.ctx.hosted:
+            return self.ctx.hosted.model_problems(model.strip()) if model else []
+        return [] if self.ctx.local_paths else path_problems(model, {}, "", self.ctx.catalog)
+
     def unload(self, device: str) -> Data:
         """Unload was pressed: let the worker drop its model, and say what came of it."""
+        if self.ctx.hosted:
+            return notice(sentence(READ_ONLY), "warning")
         try:
             return notice(sentence(self.ctx.dispatch.unload(device)))
         except StudioError as e:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studio_state.catalog import STAGES
+from studio_state.catalog import STAGES, Card
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from tests import tiny
 from workers.families.base import RunTrace
@@ -47,6 +47,11 @@ def library_model(folder: Path, attention_implementation: str) -> Any:
 def info_of(folder: Path) -> ModelInfo:
     """What is known of a folder before its weights load."""
     return model_info(resolve(str(folder)))
+
+
+def folder_for(*cards: Card) -> Path:
+    """The tiny model with the traits that these cards ask for: a mixture of experts, or the Llama."""
+    return tiny.moe_folder() if any("moe" in c.traits for c in cards) else tiny.llama_folder()
 
 
 def make_session(folder: Path | None = None, **spec: Any) -> Session:

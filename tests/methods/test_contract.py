@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from studio_state.experiment import ModelInfo
 from studio_state.metrics import METRICS
 from studio_state.pipeline import Pipeline, Step
 from studio_state.problems import pipeline_problems
-from tests.methods.driving import attached, forced, generate, make_session, prompt, repetitive_prompt, tokens
+from tests.methods.driving import attached, folder_for, forced, generate, make_session, prompt, repetitive_prompt, tokens
 from workers.mechanisms.linear import weight_metrics
 from workers.methods import Policy, catalogue, discover
 from workers.session import Session
@@ -51,13 +53,24 @@ def run(session: Session, *policies: Policy) -> Outcome:
         return Outcome(tokens(trace), {**trace.counts, **weight_metrics(session)}, logits)
 
 
-@pytest.fixture(scope="module")
-def baseline() -> Outcome:
-    return run(make_session())
-
-
 def card_of(name: str) -> Card:
     return CATALOG.by_id[name]
+
+
+def session_for(name: str, **spec: Any) -> Session:
+    """A session on a model that the policy can act on."""
+    return make_session(folder_for(card_of(name)), **spec)
+
+
+@cache
+def baseline_on(folder: Path) -> Outcome:
+    return run(make_session(folder))
+
+
+@pytest.fixture
+def baseline(name: str) -> Outcome:
+    """The empty lane on the model that the policy of this test acts on."""
+    return baseline_on(folder_for(card_of(name)))
 
 
 def bounds(prop: dict[str, Any]) -> Iterator[Any]:
@@ -136,7 +149,7 @@ def test_other_families_are_refused(name: str) -> None:
 
 @every_llm_policy
 def test_neutral_knobs_change_nothing(name: str, baseline: Outcome) -> None:
-    card, session = card_of(name), make_session()
+    card, session = card_of(name), session_for(name)
     if card.neutral is None:
         assert card.not_neutral_because
         return
@@ -147,7 +160,7 @@ def test_neutral_knobs_change_nothing(name: str, baseline: Outcome) -> None:
 
 @every_llm_policy
 def test_effects_hold_at_default_knobs(name: str, baseline: Outcome) -> None:
-    session = make_session()
+    session = session_for(name)
     got = run(session, POLICIES[name]())
     assert session.acted.get(name, 0) > 0, "nothing was done"
     for metric, direction in card_of(name).effects.items():
@@ -184,7 +197,7 @@ def interrupted(session: Session, policy: Policy) -> None:
 
 @every_llm_policy
 def test_everything_is_undone(name: str, baseline: Outcome) -> None:
-    session, policy = make_session(), POLICIES[name]()
+    session, policy = session_for(name), POLICIES[name]()
     before = condition(session)
     run(session, policy)
     assert condition(session) == before
@@ -203,7 +216,7 @@ def test_chunked_prefill_runs_or_is_refused(name: str) -> None:
     found = problems_of(name, {}, chunked=True)
     assert len(found) == needs_whole
     if not needs_whole:
-        session = make_session(chunk_size=7)
+        session = session_for(name, chunk_size=7)
         with attached(session, POLICIES[name]()):
             trace = generate(session, [PROMPT], new=NEW)
         assert len(tokens(trace)[0]) == NEW
@@ -216,7 +229,7 @@ def test_batches_run_or_are_refused(name: str) -> None:
     found = problems_of(name, {}, batch=2)
     assert len(found) == (limit == 1)
     if not found:
-        session = make_session(batch=2)
+        session = session_for(name, batch=2)
         with attached(session, POLICIES[name]()):
             trace = generate(session, [PROMPT, PROMPT[:70]], new=4)
         assert [len(row) for row in tokens(trace)] == [4, 4]

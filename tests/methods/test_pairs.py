@@ -9,7 +9,7 @@ import torch
 
 from studio_state.pipeline import parse_pipeline
 from studio_state.problems import pipeline_problems
-from tests.methods.driving import attached, forced, generate, make_session, prompt, repetitive_prompt, tokens
+from tests.methods.driving import attached, folder_for, forced, generate, info_of, make_session, prompt, repetitive_prompt, tokens
 from tests.methods.test_stacks import LEGAL
 from workers.methods import catalogue, discover, effective
 
@@ -17,7 +17,7 @@ CATALOG = catalogue()
 PAIRS = [
     f"{a}+{b}"
     for a, b in combinations(discover(), 2)
-    if not pipeline_problems(parse_pipeline(f"{a}+{b}"), CATALOG, make_session().info)
+    if not pipeline_problems(parse_pipeline(f"{a}+{b}"), CATALOG, info_of(folder_for(CATALOG.by_id[a], CATALOG.by_id[b])))
 ]
 STACKS = [text for text in LEGAL if text.count("+") > 1]
 PROMPT = repetitive_prompt(224)  # long enough that half of it still fills packed groups
@@ -26,7 +26,7 @@ PROMPT = repetitive_prompt(224)  # long enough that half of it still fills packe
 @pytest.mark.parametrize("text", [*PAIRS, *STACKS])
 def test_runs_and_all_act(text: str) -> None:
     policies = effective(parse_pipeline(text))
-    session = make_session()
+    session = make_session(folder_for(*(p.card for p in policies)))
     with attached(session, *policies):
         trace = generate(session, [PROMPT], new=12)
         logits = forced(session, PROMPT, prompt(6, seed=3))

@@ -46,6 +46,8 @@ LEGAL = (
     "promptdistill:truncate=true+prompt-lookup",
     "promptdistill+snapkv+kivi+lean-decode",
     "magnitude+rtn+promptdistill+knorm+kivi+lean-decode",
+    "expert-prune+top-k-experts",
+    "magnitude+expert-prune+rtn+snapkv+top-k-experts",
     "lean-decode+kivi+snapkv+rtn",  # written in any order
 )
 
@@ -70,6 +72,7 @@ ILLEGAL = {
     "snapkv:keep=0.5+kivi+snapkv:keep=0.25": "twice",
     "kivi:bits=2+kivi:bits=4": "twice",
     "rtn:bits=8+rtn:bits=4": "twice",
+    "top-k-experts+top-k-experts:threshold=0.5": "twice",
     "lean-decode+lean-decode": "twice",
     "promptdistill+promptdistill": "twice",
     "prompt-lookup+prompt-lookup": "twice",

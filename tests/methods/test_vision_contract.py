@@ -55,7 +55,10 @@ FITTING = [
     if family in cls.card.families and set(cls.card.traits) <= traits
 ]
 QUESTION = "The cat sat on the mat and the dog sat on the log. " * 4  # repeats itself, and fills packed groups
-QUESTIONS = {"qwen2_5_vl": (SENTENCES[6] + " ") * 2}  # each such that a draft of prompt lookup is right once at least
+QUESTIONS = {  # each such that a guess of every policy that drafts is right once at least
+    "llava": (SENTENCES[0] + " ") * 2,
+    "qwen2_5_vl": (SENTENCES[6] + " ") * 2,
+}
 NEW = 20
 SAME = {("tome", "smolvlm"): {"visual_tokens"}}  # a token is of several patches there: all of them still enter
 every_case = pytest.mark.parametrize(("name", "model"), FITTING)

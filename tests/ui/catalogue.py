@@ -47,6 +47,8 @@ def catalogue() -> Catalog:
             _card("prompt-lookup", "Prompt lookup", "decode", {"tokens": {"type": "integer", "default": 8, "minimum": 1, "maximum": 32}},
                   (("decode.loop", "owns"), ("kv.rollback", "needs"))),
             _card("lean-decode", "Lean decode", "runtime", {}, (("runtime.step", "owns"),)),
+            _card("step-cache", "Step cache", "denoise", {"every": {"type": "integer", "default": 3, "minimum": 1, "maximum": 20}},
+                  (("denoise.reuse", "owns"),), family="diffusion"),
             _card("fashion-vit", "ViT on Fashion-MNIST", None, {"steps": {"type": "integer", "default": 9, "minimum": 1}}, family="vit", kind="recipe"),
         ],
         workloads=[
@@ -54,6 +56,10 @@ def catalogue() -> Catalog:
                          options={"type": "object", "properties": {"items": items, "file": {"type": "string", "default": ""}}}),
             WorkloadCard(id="needle", title="Needle in a novel", families=("llm",), metrics=("accuracy",), detects="Losses.",
                          options={"type": "object", "properties": {"items": items, "length": {"type": "integer", "default": 512, "minimum": 64}}}),
+            WorkloadCard(id="generate-images", title="Generate images", summary="Draws pictures.", families=("diffusion",), metrics=("psnr", "ssim"), detects="Shifts.",
+                         options={"type": "object", "properties": {
+                             "prompts": {"type": "string", "default": "", "format": "lines", "maxLength": 20_000, "description": "what to draw, one a line"},
+                             "items": items, "steps": {"type": "integer", "default": 20, "minimum": 1, "maximum": 1000}}}),
         ],
     )  # fmt: skip
 

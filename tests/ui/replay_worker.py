@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 STEP_S = float(os.environ.get("REPLAY_STEP_S", "0.01"))
@@ -133,11 +134,28 @@ class Replay:
                 phase="inspect",
             )
             return
-        vlm = {"family": "vlm", "title": "A vision model"} if "vlm" in model else {}
-        self.say(name, "model", info={**INFO, "name": model, **vlm}, estimate=ESTIMATE, fits_baseline=True)
+        other = {"family": "vlm", "title": "A vision model"} if "vlm" in model else {}
+        other = {"family": "diffusion", "title": "Clothes from noise", "traits": ["dit"]} if "diffusion" in model else other
+        self.say(name, "model", info={**INFO, "name": model, **other}, estimate=ESTIMATE, fits_baseline=True)
+
+    def draw(self, name: str, lanes: int, items: int) -> None:
+        """Play the constructed recording of pictures, a pause before every look at one."""
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from tests.ui import drawn
+
+        for event in (*drawn.playing(lanes), *drawn.race(items)):
+            if name in self.cancelled:
+                self.say(name, "cancelled", message="cancelled")
+                return
+            if getattr(event, "lane", 0) < lanes:
+                fields = event.model_dump(exclude={"event", "experiment", "seq", "t"})
+                time.sleep(STEP_S if event.event == "preview" else 0)
+                self.say(name, event.event, **fields)
 
     def run(self, name: str, spec: dict[str, Any]) -> None:
         """Play all lanes over all items, interleaved."""
+        if spec["workload"]["id"] == "generate-images":
+            return self.draw(name, len(spec["lanes"]), int(spec["workload"]["options"].get("items", 2)))
         lanes, items = spec["lanes"], int(spec["workload"]["options"].get("items", 2))
         self.say(name, "started", environment={"replay": True})
         self.say(name, "model", info=INFO, estimate=ESTIMATE, fits_baseline=True)
@@ -154,13 +172,12 @@ class Replay:
             for turn in range(len(lanes)):
                 lane = (index + turn) % len(lanes)
                 if not self.item(name, spec, lane, index, items):
-                    self.say(name, "cancelled", message="cancelled")
-                    return
+                    return self.say(name, "cancelled", message="cancelled")
             self.ratios(name, len(lanes), index + 1)
         for lane in range(len(lanes)):
             self.summary(name, lane, items)
             self.say(name, "lane_finished", lane=lane, status="finished", flags=[])
-        self.say(name, "finished", seconds=1.0)
+        return self.say(name, "finished", seconds=1.0)
 
     def item(self, name: str, spec: dict[str, Any], lane: int, index: int, of: int) -> bool:
         """One item of one lane; False once cancelled."""

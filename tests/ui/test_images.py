@@ -170,7 +170,7 @@ def test_maps_stand_beside_the_picture(page: Page, url: str) -> None:
 def test_nothing_of_it_without_pictures(page: Page, url: str) -> None:
     watch(page, url, PLAIN)
     expect(page.locator(".lr-lane")).to_have_count(2)
-    for name in ("question", "images", "gallery", "picker"):
+    for name in ("question", "images", "drawn", "gallery", "picker", "experts"):
         expect(page.locator(f".lr-{name}")).to_be_hidden()
     expect(page.locator(".lr-short")).to_have_count(0)
     gaps = page.evaluate(

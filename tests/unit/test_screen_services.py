@@ -113,4 +113,5 @@ def test_every_example_fits_the_catalogue(examples: list[Pipeline]) -> None:
 def examples() -> list[Pipeline]:
     from studio_state.catalog import asset
 
-    return [read_pipeline(path) for path in sorted(asset("pipelines").glob("*.json"))]
+    read = [read_pipeline(path) for path in sorted(asset("pipelines").glob("*.json"))]
+    return read + [Pipeline.model_validate(lane) for pipeline in read for lane in (pipeline.model_extra or {}).get("beside", ())]

@@ -68,6 +68,7 @@ class RunTrace:
         images: per row its image as the model takes it (None: there is none).
         seen: per row what became of its image tokens.
         kept: per row and layer the share of KV heads that kept each prompt token, [layers][tokens].
+        experts: per row and layer each expert's share of the visits, [layers][experts]; empty for models without experts.
     """
 
     items: Sequence[Item]
@@ -80,6 +81,7 @@ class RunTrace:
     images: list[SeenImage | None] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)
     kept: list[list[list[float]]] = field(default_factory=list)
+    experts: list[list[list[float]]] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     pieces: list[list[str]] = field(default_factory=list)
 

@@ -258,8 +258,8 @@ def _extent(t: Tensor) -> int:
 
 
 def weight_bytes(session: Session) -> int:
-    """Bytes of the weights of the lane whose policies are attached now."""
-    return held_bytes([session.model])
+    """Bytes of the weights of the lane whose policies are attached now, those of a draft model included."""
+    return held_bytes([session.model, *session.companions])
 
 
 def weight_metrics(session: Session) -> dict[str, float]:

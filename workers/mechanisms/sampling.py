@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,14 @@ class Sampler:
         if self.greedy:
             return logits.argmax(-1)
         return torch.multinomial(self.probabilities(logits), 1, generator=self.generator)[:, 0]
+
+    def twin(self) -> Sampler:
+        """A sampler that will draw with the random numbers that this one will draw with; each uses up its own."""
+        twin = copy(self)
+        if not self.greedy:
+            twin.generator = torch.Generator(device=self.generator.device)
+            twin.generator.set_state(self.generator.get_state())
+        return twin
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution [B, V] that is drawn from."""

@@ -8,29 +8,43 @@ while the draw equals the draft. Draws and their random numbers are those of pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from workers.families.batches import State
 from workers.families.llm import Generation
 from workers.session import Session
 
 Propose = Callable[[Sequence[int]], Sequence[int]]
+Draft = Callable[[Sequence[int], int], Sequence[int]]
 
 
-@contextmanager
-def speculating(session: Session, policy: str, propose: Propose) -> Iterator[None]:
-    """Decode with drafts.
+def speculating(session: Session, policy: str, propose: Propose) -> AbstractContextManager[None]:
+    """Decode with drafts that depend on the text alone.
 
     Args:
         propose: prompt and new tokens so far -> tokens that may come next; may be empty.
     """
+    return drafting(session, policy, lambda session, run: lambda history, most: propose(history))
+
+
+@contextmanager
+def drafting(session: Session, policy: str, begin: Callable[[Session, Generation], Draft]) -> Iterator[None]:
+    """Decode with drafts of somebody who follows the text as it grows.
+
+    Args:
+        begin: called once a text, when its first token is known. What it returns is called before every pass:
+            (prompt and new tokens so far, the most tokens that are of use) -> tokens that may come next; may be empty.
+    """
 
     def decode(session: Session, run: Generation) -> Iterator[list[list[int]]]:
+        draft_next = begin(session, run)
         history = [*run.trace.results[0].prompt_ids, int(run.first[0])]
         end = len(run.trace.results[0].prompt_ids) + run.limit
         while True:
-            draft = list(propose(history))[: max(0, end - len(history) - 1)]  # the last token needs no draft
+            most = max(0, end - len(history) - 1)  # the last token needs no draft
+            draft = list(draft_next(history, most))[:most]
             new = verify(session, run, history[-1], draft)
             session.count("drafted_tokens", len(draft))
             session.count("accepted_tokens", len(new) - 1)
@@ -55,11 +69,15 @@ def verify(session: Session, run: Generation, last: int, draft: Sequence[int]) -
         new.append(int(run.sampler.draw(logits[:, place])[0]))
         if place < len(draft) and new[-1] != draft[place]:
             break
-    wrong = len(draft) + 1 - len(new)
-    run.state.cache.crop_newest(wrong)
-    run.state.next_position = run.state.next_position - wrong
+    take_back(run.state, len(draft) + 1 - len(new))
     run.state.logits = logits[:, len(new) - 1]
     return new
+
+
+def take_back(state: State, count: int) -> None:
+    """Let a generation be where it was before its newest ``count`` tokens; its logits stay those of the last forward."""
+    state.cache.crop_newest(count)
+    state.next_position = state.next_position - count
 
 
 def lookup(history: Sequence[int], longest: int, count: int) -> list[int]:

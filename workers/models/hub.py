@@ -73,7 +73,13 @@ def download(
 
 def _refuse_large(repo: str, revision: str | None, name: str, patterns: dict[str, list[str]], limit: int) -> None:
     try:
-        files = huggingface_hub.snapshot_download(repo, revision=revision, dry_run=True, **patterns)
+        files = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            dry_run=True,
+            allow_patterns=patterns["allow_patterns"],
+            ignore_patterns=patterns["ignore_patterns"],
+        )
     except Exception as e:
         raise ModelError(f"the size of {name} cannot be looked up ({first_line(e)}); try it again") from e
     missing = [f for f in files if f.will_download]

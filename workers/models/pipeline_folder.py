@@ -133,7 +133,9 @@ def check_scheduler(name: str, folder: Path, index: dict[str, Any], library_clas
         return
     wanted = str(inspect.signature(library_class.__init__).parameters["scheduler"].annotation)
     config = part_config(folder, "scheduler")
-    flows = given.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    flows = (
+        given.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    )
     if flows != ("FlowMatch" in wanted):
         kind, other = ("flow matching", "noise prediction") if not flows else ("noise prediction", "flow matching")
         raise ModelError(

@@ -1,0 +1,221 @@
+"""The two diffusion recipes on toys: their lessons by hand, stopped and taken up again, and what they hand over."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from workers.data.fashion import CLASSES, held_out
+from workers.families.class_pipeline import ClassConditionalPipeline
+from workers.recipe import Trained, make_recipe
+from workers.recipes.fashion_unet import scheduler
+from workers.session import Cancelled
+from workers.training.class_agreement import judge, sample_and_judge, seen_as, shares
+from workers.training.diffusion_lessons import batch_of, flow_loss, pictures, round_weights, v_loss
+from workers.training.loop import TrainingRun
+
+TOYS: dict[str, dict[str, Any]] = {
+    "fashion-unet": {"steps": 2, "batch_size": 4, "width": 8},
+    "fashion-dit": {"steps": 2, "batch_size": 4, "width": 32, "layers": 1},
+}
+PART = {"fashion-unet": "unet", "fashion-dit": "transformer"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training files in the published form, from the images that ship with the studio."""
+    folder = tmp_path_factory.mktemp("fashion")
+    for name, values in zip(("images-idx3", "labels-idx1"), held_out(), strict=True):
+        few = values[:50]
+        head = bytes([0, 0, 8, few.ndim]) + struct.pack(f">{few.ndim}I", *few.shape)
+        (folder / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(head + few.tobytes()))
+    return folder
+
+
+def train(name: str, data: Path, out: Path, stop_at: int | None = None, seed: int = 0) -> tuple[Trained, list[str]]:
+    """Train a toy, cancelled at the so-manieth question whether to go on; also what it told."""
+    asked, told = itertools.count(), []  # type: itertools.count[int], list[str]
+    run = TrainingRun(out, seed, lambda text, done: told.append(text), lambda: next(asked) == stop_at, examples=12)
+    return make_recipe(name, {**TOYS[name], "data": str(data)}).train(run), told
+
+
+def bits(name: str, out: Path) -> bytes:
+    return (out / PART[name] / WEIGHTS).read_bytes()
+
+
+@pytest.fixture(scope="module", params=list(TOYS))
+def whole(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Trained]:
+    """A recipe, the folder of its toy that was never interrupted, and what it handed over."""
+    out = tmp_path_factory.mktemp(request.param)
+    return request.param, out, train(request.param, data, out)[0]
+
+
+# -- the lessons
+
+
+class Told(nn.Module):
+    """Answers with zeros, and remembers what it was asked."""
+
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        self.x, self.timestep, self.labels = x, timestep, class_labels
+        return (torch.zeros_like(x),)
+
+
+def test_the_velocity_lesson_is_the_schedulers_own() -> None:
+    net, noise = Told(), scheduler()
+    x = torch.linspace(-1, 1, 6 * 784).view(6, 1, 28, 28)
+    loss = v_loss(net, noise, x, torch.arange(6), np.random.default_rng(3))
+    again = np.random.default_rng(3)
+    steps = torch.from_numpy(again.integers(0, 1000, 6))
+    e = torch.from_numpy(again.standard_normal((6, 1, 28, 28), dtype=np.float32))
+    assert torch.equal(net.timestep, steps)
+    torch.testing.assert_close(net.x, noise.add_noise(x, e, steps))
+    torch.testing.assert_close(loss, noise.get_velocity(x, e, steps).pow(2).mean())
+
+
+def test_the_flow_lesson_leads_back_to_the_picture() -> None:
+    net = Told()
+    x = torch.linspace(-1, 1, 500 * 784).view(500, 1, 28, 28)
+    loss = flow_loss(net, x, torch.zeros(500), np.random.default_rng(3))
+    level = (net.timestep / 1000).view(-1, 1, 1, 1)
+    flow = (net.x - x) / level  # x_s = x + s (e - x)
+    torch.testing.assert_close(loss, flow.pow(2).mean(), atol=1e-3, rtol=1e-3)
+    normal = torch.logit(net.timestep / 1000)
+    assert abs(float(normal.mean())) < 0.15
+    assert abs(float(normal.std()) - 1) < 0.1
+    e = flow + x
+    assert abs(float(e.std()) - 1) < 0.01
+
+
+def test_labels_are_hidden_and_pictures_are_not_mirrored() -> None:
+    images, labels = held_out()
+    x, shown = batch_of(images, labels, 4000, 10, 0.25, np.random.default_rng(0))
+    assert x.shape == (4000, 1, 28, 28)
+    assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
+    assert abs(float((shown == 10).float().mean()) - 0.25) < 0.03
+    rows = np.random.default_rng(0).integers(0, len(images), 4000)
+    assert torch.equal(x, pictures(images[rows]))
+    is_shown = shown != 10
+    assert torch.equal(shown[is_shown], torch.from_numpy(labels[rows].astype(np.int64))[is_shown])
+    assert 10 not in batch_of(images, labels, 4000, 10, 0.0, np.random.default_rng(0))[1]
+
+
+def test_the_transformer_starts_at_zero_and_hides_no_label_itself() -> None:
+    net = make_recipe("fashion-dit", TOYS["fashion-dit"]).model()  # type: ignore[attr-defined]
+    net.train()
+    x, t, labels = torch.randn(64, 1, 28, 28), torch.full((64,), 500.0), torch.zeros(64, dtype=torch.long)
+    assert not net(x, t, class_labels=labels).sample.any()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    assert torch.equal(net(x, t, class_labels=labels).sample, net(x, t, class_labels=labels).sample)
+
+
+# -- the judge
+
+
+def test_the_judge_knows_real_pictures_and_counts_rightly() -> None:
+    images, labels = (x[:200] for x in held_out())
+    named = seen_as(judge(), torch.from_numpy(images)[:, None] / 255)
+    assert np.mean(np.array(named) == labels) > 0.9
+    scores = shares([0, 0, 1, 1], [0, 0, 1, 2])
+    assert scores == {"class_agreement": 0.75, "class_agreement_min": 0.5, "T-shirt": 1.0, "trousers": 0.5}
+
+
+def test_pictures_are_asked_for_equally_from_seeds_of_their_own() -> None:
+    real, calls = held_out(), []  # type: ignore[var-annotated]
+
+    class Real:
+        """Hands out real pictures of the classes that it is asked for."""
+
+        def set_progress_bar_config(self, disable: bool) -> None: ...
+
+        def __call__(self, labels: list[int], guidance: float, steps: int, generator: list[torch.Generator]) -> Any:
+            calls.append((labels, guidance, steps, [g.initial_seed() for g in generator]))
+            rows = [int(np.flatnonzero(real[1] == c)[0]) for c in labels]
+            return type("Out", (), {"images": torch.from_numpy(real[0][rows])[:, None] / 255})
+
+    told: list[str] = []
+    scores = sample_and_judge(Real(), 6, 7, 1.5, lambda text, done: told.append(text))
+    assert [(len(c[0]), c[1], c[2]) for c in calls] == [(50, 1.5, 7), (10, 1.5, 7)]
+    assert [s for c in calls for s in c[3]] == list(range(60))
+    assert sorted(c for call in calls for c in call[0]) == sorted(list(range(10)) * 6)
+    assert told == ["scoring: 0 of 60 pictures", "scoring: 50 of 60 pictures"]
+    assert list(scores) == ["class_agreement", "class_agreement_min", *CLASSES]
+    assert scores["class_agreement"] >= 0.8
+
+
+# -- the recipes
+
+
+def test_stopped_and_taken_up_again_it_ends_in_the_same_bits(
+    whole: tuple[str, Path, Trained], data: Path, tmp_path: Path
+) -> None:
+    name, out, _ = whole
+    with pytest.raises(Cancelled):
+        train(name, data, tmp_path, stop_at=1)
+    assert not (tmp_path / "model_index.json").exists()
+    with pytest.raises(Cancelled):
+        train(name, data, tmp_path, stop_at=1)  # trained to the end, stopped before it scores
+    trained, told = train(name, data, tmp_path)
+    assert told == ["scoring: 0 of 10 pictures"]
+    assert bits(name, tmp_path) == bits(name, out)
+    assert trained.scores == whole[2].scores
+    train(name, data, tmp_path / "other", seed=1)
+    assert bits(name, tmp_path / "other") != bits(name, out)
+
+
+def test_what_is_handed_over_is_a_pipeline_that_loads(whole: tuple[str, Path, Trained]) -> None:
+    name, out, trained = whole
+    weights = load_file(out / PART[name] / WEIGHTS)
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in weights.values())
+    pipeline = ClassConditionalPipeline.from_pretrained(out, local_files_only=True)
+    assert pipeline.config.id2label == dict(enumerate(CLASSES))
+    assert trained.parameters == sum(p.numel() for p in pipeline.denoiser.parameters())
+    assert sample_and_judge(pipeline, 1, guidance=1.5) == trained.scores
+    assert trained == Trained.model_validate_json((out / "training.json").read_bytes())
+    assert (trained.recipe, trained.examples, trained.steps, trained.library) == (name, 10, {"draw": 2}, "diffusers")
+    config = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == {"fashion-unet": "DDIMScheduler", "fashion-dit": "FlowMatchEulerDiscreteScheduler"}[name]
+
+
+def test_the_model_card(whole: tuple[str, Path, Trained]) -> None:
+    name, out, trained = whole
+    text = (out / "README.md").read_text()
+    assert text.startswith("---\nlicense: mit\nlibrary_name: diffusers\n---\n")
+    knobs = {k: v for k, v in TOYS[name].items() if k != "data"}
+    assert all(f"--knob {k}={v}" in text for k, v in knobs.items())
+    assert f"pareto-studio train {name} --out DIR --seed 0 --threads 1" in text
+    assert "Measured on 10 pictures from fixed seeds (20 steps, guidance 1.5), as fashion-vit names them:" in text
+    assert f"| class_agreement | {trained.scores['class_agreement']:.4f} |" in text
+    net = {"fashion-unet": "UNet2DModel", "fashion-dit": "DiTTransformer2DModel"}[name]
+    assert f"`ClassConditionalPipeline ({net})`, {trained.parameters:,} parameters, bfloat16" in text
+
+
+def test_rounding_weights_is_what_saving_does() -> None:
+    net = nn.Linear(3, 3)
+    rounded = net.weight.detach().bfloat16()
+    round_weights(net)
+    assert net.weight.dtype == torch.float32
+    assert torch.equal(net.weight, rounded.float())
