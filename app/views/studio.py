@@ -76,11 +76,12 @@ def opening(ctx: Context) -> tuple[str, WorkloadCard]:
 
     In a hosted studio it is a model that is there already, so that a mere visit fetches nothing.
     """
-    if ctx.hosted is not None and (here := [e for e in zoo.entries() if zoo.is_cached(e)]):
-        return here[0].id, ctx.catalog.workload_by_id[usual_workload(ctx.catalog, here[0].family)]
     cards = ctx.catalog.workload_by_id
     first = next((cards[i] for i in FIRST_WORKLOADS if i in cards), ctx.catalog.workloads[0])
-    return next((e.id for e in zoo.entries()), ""), first
+    model = next((e for e in zoo.entries() if ctx.hosted is None or zoo.is_cached(e)), None)
+    if model is None or ctx.hosted is None or model.family == "llm":
+        return model.id if model else "", first
+    return model.id, cards[usual_workload(ctx.catalog, model.family)]
 
 
 def layout(ctx: Context) -> StudioPage:

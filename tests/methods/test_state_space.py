@@ -110,5 +110,9 @@ def test_what_needs_keys_and_values_is_refused_where_there_are_none() -> None:
     cards = catalogue()
     for policy in ("snapkv", "kivi", "streamingllm", "h2o", "knorm", "promptdistill"):
         pipeline = Pipeline(steps=(Step(policy=policy),))
-        assert any("has no attention layers" in p.message for p in pipeline_problems(pipeline, cards, info_of(FOLDERS["mamba2"]())))
-        assert not any("has no attention layers" in p.message for p in pipeline_problems(pipeline, cards, info_of(FOLDERS["bamba"]())))
+        assert any(
+            "has no attention layers" in p.message for p in pipeline_problems(pipeline, cards, info_of(FOLDERS["mamba2"]()))
+        )
+        assert not any(
+            "has no attention layers" in p.message for p in pipeline_problems(pipeline, cards, info_of(FOLDERS["bamba"]()))
+        )

@@ -6,7 +6,7 @@ its blocks; between steps they keep what they reuse here, so that nothing outliv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,3 +74,16 @@ def denoising(session: Session) -> Denoising:
     if session.denoising is None:
         raise Unavailable("no denoiser is running; policies of the stage denoise act on diffusion models only")
     return session.denoising
+
+
+def state_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The picture's states that a block of a denoiser is given, by name or as its first argument."""
+    found: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return found
+
+
+def share_of(session: Session, blocks: Sequence[str]) -> float:
+    """Weights of some blocks over all weights of the denoiser: how much of a step's work they stand for."""
+    model: Any = session.model
+    inner = sum(p.numel() for name in blocks for p in session.model.get_submodule(name).parameters())
+    return float(inner / max(1, sum(p.numel() for p in model.denoiser.parameters())))

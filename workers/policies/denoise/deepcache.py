@@ -1,0 +1,110 @@
+"""DeepCache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from studio_state.catalog import Card
+from studio_state.errors import SpecError
+from workers.mechanisms.denoising import denoising, share_of, state_input
+from workers.methods import Policy, card, knob
+from workers.session import Session
+
+DEEP = "deepcache"
+
+
+class DeepCache(Policy):
+    """Run the whole U-Net at every few steps only; between, take its inner blocks' outcome from the last full step.
+
+    Ma et al. 2023, arXiv:2312.00858, section 3.3: what the up path gets from below changes slowly from step to step, so
+    the outer blocks run with fresh skip connections and an older deep feature. Deviations: whole blocks are left out,
+    where the paper cuts between the layers of a block, and full steps are spaced evenly (the paper's uniform 1:N).
+    Steps are counted alike for all pictures of a batch.
+    """
+
+    card: ClassVar[Card] = card(
+        id="deepcache",
+        title="DeepCache",
+        paper="arXiv:2312.00858",
+        stage="denoise",
+        families=("diffusion",),
+        traits=("unet",),
+        workloads=("generate-images",),
+        owns=("denoise.reuse",),
+        needs=("denoise.rows",),
+        effects={"cache_hits": "up"},
+        hopes={"seconds_per_image": "down"},
+        neutral={"interval": 1},
+    )
+    interval: int = knob(3, ge=1, le=50, help="every so many steps the whole U-Net runs; more = faster, coarser")
+    branch: int = knob(
+        0,
+        ge=0,
+        le=16,
+        fits="layers",
+        help="blocks from the outside in that run at every step, beside the first; more = slower, finer",
+    )
+
+    def attach(self, session: Session) -> AbstractContextManager[Any]:
+        """Reroute the inner blocks.
+
+        Raises:
+            SpecError: the U-Net has fewer blocks.
+        """
+        return nullcontext() if self.is_neutral else self._reusing(session)
+
+    @contextmanager
+    def _reusing(self, session: Session) -> Iterator[None]:
+        model: Any = session.model
+        net, name = model.denoiser, model.denoiser_name
+        count = len(net.down_blocks)
+        if self.branch >= count or (self.branch == count - 1 and net.mid_block is None):
+            raise SpecError(
+                f"{self.card.id}: branch = {self.branch}, but the U-Net of {session.info.name} has {count} blocks a side; "
+                f"choose 0 to {count - 1}"
+            )
+        down = [f"{name}.down_blocks.{i}" for i in range(self.branch + 1, count)]
+        up = [f"{name}.up_blocks.{i}" for i in range(count - 1 - self.branch)]
+        middle = [f"{name}.mid_block"] if net.mid_block is not None else []
+        inner = [*down, *middle, *up]  # in the order in which they run; what the last gives is kept
+        share = share_of(session, inner)
+
+        def forward(at: int, run: Callable[..., Any], block: Any, *args: Any, **kwargs: Any) -> Any:
+            state = denoising(session)
+            last = at == len(inner) - 1
+            if state.step % self.interval == 0:
+                out = run(*args, **kwargs)
+                if last:
+                    state.kept[DEEP] = out
+                return out
+            if last:
+                session.did(self.card.id)
+                session.count("cache_hits", 1)
+                state.note_reuse(share)
+                return state.kept[DEEP]
+            passed = state_input(args, kwargs)
+            return left_out_down(block, passed) if at < len(down) else passed
+
+        forwards: dict[str, Callable[..., Any]] = {}
+        for at, path in enumerate(inner):
+            block: Any = session.model.get_submodule(path)
+            forwards[path] = partial(forward, at, block.forward, block)
+        with session.rerouted(forwards):
+            yield
+
+    def why_idle(self, session: Session) -> str:
+        """Why no step reused anything."""
+        return (
+            f"{self.card.title}: with interval = {self.interval} every step of so short a run is a full one; ask for more steps"
+        )
+
+
+def left_out_down(block: Any, passed: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a down block gives, without running: placeholders that blocks of the up path take off, and do not read."""
+    count = len(block.resnets) + (1 if getattr(block, "downsamplers", None) else 0)
+    return passed, (passed,) * count
