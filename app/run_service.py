@@ -28,6 +28,9 @@ def refusals(ctx: Context, spec: ExperimentSpec) -> list[Problem]:
     if ctx.local_paths:
         return []
     found = path_problems(spec.model, spec.workload.options, spec.workload.id, ctx.catalog)
+    if spec.trust_remote_code:
+        message = "code that a model brings along is not run for visitors; leave trust_remote_code off and choose a model that transformers knows"
+        found.append(Problem(message=message, knob="trust_remote_code"))
     return found + local_models_in_knobs(spec.lanes, ctx.catalog)
 
 

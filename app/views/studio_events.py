@@ -122,7 +122,7 @@ class StudioEvents:
             return facts([], sentences(SpecError(refused))[0] if refused else "Choose a model.", "warning")
         try:
             spec = on.spec_or_none()
-            if spec is not None and self.ctx.hosted and refusals(self.ctx, spec):
+            if spec is not None and refusals(self.ctx, spec):
                 spec = None  # the worker does not hear of what is not allowed
             found = self.ctx.models.look_up(on.model, spec, on.device)
         except StudioError as e:

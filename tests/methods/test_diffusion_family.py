@@ -23,8 +23,8 @@ TRAITS = {
     "dit": {"dit", "latent", "class-conditional", "guided"},
     "stable-diffusion": {"unet", "latent", "text-conditional", "guided"},
     "pixart": {"dit", "latent", "text-conditional", "guided"},
-    "sd3": {"dit", "flow", "latent", "text-conditional", "guided"},
-    "flux": {"dit", "flow", "latent", "text-conditional"},
+    "sd3": {"dit", "flow", "latent", "text-conditional", "guided", "joint-attention"},
+    "flux": {"dit", "flow", "latent", "text-conditional", "joint-attention"},
 }
 
 

@@ -13,7 +13,7 @@ from app.context import Context
 from app.dispatch.local import LocalDispatch
 from app.dispatch.runner import Settings
 from app.hosted import NUMBERS, READ_ONLY, HostedLimits
-from app.run_service import all_problems, sentence, start
+from app.run_service import all_problems, refusals, sentence, start
 from app.views.compare import _changing
 from app.views.studio import opening
 from app.views.studio_calls import editor_calls
@@ -48,6 +48,16 @@ def test_the_usual_is_let_through() -> None:
         assert said(workload=card.id, options=card.defaults()) == [], card.id
     for claim in load_claims().values():
         assert [p.message for e in claim.experiments for p in LIMITS.problems(e.spec(), CATALOG)] == [], claim.id
+
+
+def test_visitors_of_a_shared_studio_bring_no_code_and_no_paths(tmp_path: Path) -> None:
+    data = DataDir.at(tmp_path / "data").open()
+    with LocalDispatch(data) as dispatch:
+        shared = Context(CATALOG, dispatch, data, local_paths=False)
+        own = Context(CATALOG, dispatch, data, local_paths=True)
+        spec = make_spec("org/name", "speed", [parse_pipeline("speculative:draft_model=/etc")], {}, {"trust_remote_code": True})
+        assert [p.knob for p in refusals(shared, spec)] == ["trust_remote_code", "draft_model"]
+        assert refusals(own, spec) == []
 
 
 @pytest.mark.parametrize(

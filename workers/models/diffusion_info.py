@@ -16,7 +16,7 @@ def diffusion_facts(name: str, folder: Path, index: dict[str, Any], tensors: dic
 
     ``unet`` or ``dit``: kind of denoiser; ``flow``: flow matching; ``latent``: it draws latents that a VAE decodes;
     ``class-conditional`` or ``text-conditional``: what it is asked with; ``guided``: it can run with
-    classifier-free guidance; ``blocks``: its denoiser is a row of equal blocks.
+    classifier-free guidance; ``joint-attention``: words and picture attend to each other in one attention.
     """
     parts = components(name, index)
     denoiser = "transformer" if "transformer" in parts else "unet"
@@ -29,6 +29,7 @@ def diffusion_facts(name: str, folder: Path, index: dict[str, Any], tensors: dic
         "latent": "vae" in parts,
         "class-conditional": by_class,
         "text-conditional": not by_class,
+        "joint-attention": "joint_attention_dim" in config,
         "guided": not config.get("guidance_embeds", False),
     }
     heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")

@@ -31,6 +31,7 @@ class ToMeAttention(Policy):
         paper="arXiv:2303.17604",
         stage="denoise",
         families=("diffusion",),
+        not_traits=("joint-attention",),
         workloads=("generate-images",),
         owns=("denoise.attention",),
         effects={"merged_tokens": "up"},
