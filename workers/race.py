@@ -153,7 +153,9 @@ class Race:
                 if first and image is not None:
                     yield picture_event(item.id, image)
                 prompt, pieces = (trace.prompts[row], trace.pieces[row]) if first else ("", [])
-                yield ItemStarted(lane=lane.index, item=item.id, index=number + row, of=of, repeat=repeat, prompt=prompt, pieces=pieces)
+                yield ItemStarted(
+                    lane=lane.index, item=item.id, index=number + row, of=of, repeat=repeat, prompt=prompt, pieces=pieces
+                )
             teller = Teller(lane.index, batch, repeat)
             for step in family.run(session, trace):
                 yield from teller.heard(step)

@@ -22,7 +22,7 @@ def facts(folder: str) -> Trained:
 
 def test_every_model_that_ships_was_made_by_a_recipe() -> None:
     made = {facts(e.source.folder).recipe for e in OWN if isinstance(e.source, InRepo)}
-    assert {"fashion-vit", "scene-vlm"} <= made <= set(recipes())
+    assert {"fashion-vit", "scene-vlm", "fashion-unet"} <= made <= set(recipes())
 
 
 @pytest.mark.parametrize("entry", OWN, ids=lambda e: e.id)
@@ -33,7 +33,7 @@ def test_a_model_card_says_what_its_recipe_was_given(entry: Any) -> None:
     assert all(found.steps[name] > 0 and found.seconds[name] > 0 for name in found.steps)
     for word in (found.licence.lower(), f"{found.parameters:,}", f"--seed {found.seed}", *found.steps):
         assert word in card
-    stored = sum(p.stat().st_size for p in (asset("zoo") / entry.source.folder).iterdir())
+    stored = sum(p.stat().st_size for p in (asset("zoo") / entry.source.folder).rglob("*") if p.is_file())
     assert entry.stored_bytes == pytest.approx(stored, rel=0.01)
     assert stored < 10e6
 
@@ -66,3 +66,18 @@ def test_the_scene_model_answers_as_well_as_stated_and_needs_its_image() -> None
     assert questions == FEW * len(KINDS)
     for name in ("accuracy", "blind accuracy", "dropped accuracy"):
         assert found[name] == pytest.approx(stated[name], abs=0.08)
+
+
+def test_the_unet_draws_what_it_is_asked_for_as_often_as_stated() -> None:
+    from workers.models.load import load_model
+    from workers.models.resolve import resolve
+    from workers.training.class_agreement import sample_and_judge
+
+    torch.set_num_threads(1)
+    stated, real = facts("fashion-unet").scores, facts("fashion-vit").scores["accuracy"]
+    assert facts("fashion-unet").examples >= 1000
+    assert stated["class_agreement"] >= real - 0.1
+    assert stated["class_agreement_min"] >= 0.5
+    pipeline: Any = load_model(resolve("fashion-unet"), torch.float32).model.pipeline
+    found = sample_and_judge(pipeline, 6, guidance=facts("fashion-unet").knobs["guidance"])
+    assert found["class_agreement"] == pytest.approx(stated["class_agreement"], abs=0.1)

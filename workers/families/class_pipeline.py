@@ -95,7 +95,7 @@ class ClassConditionalPipeline(Base):  # type: ignore[misc]
     def __call__(
         self,
         class_labels: Sequence[int],
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 1.5,
         num_inference_steps: int = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,

@@ -6,7 +6,7 @@ line breaks between rows of tiles 144 + 24 x 25 = 744 image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from workers.data.scenes import Scene, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.scene_lessons import PATCH, VIEW, Placed, Taught, asked, normalized
+from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, normalized
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE
 
@@ -49,6 +49,7 @@ class TiledSceneVLM(Recipe):
 
     start: str = knob("", help="folder of a trained scene-vlm; empty = the one that comes with the studio")
     steps: int = knob(2000, ge=1, le=1_000_000, help="optimizer steps; more = better answers")
+    count_steps: int = knob(2500, ge=1, le=1_000_000, help="last steps, with many counts; more = better counts")
     batch_size: int = knob(8, ge=1, le=4096, help="scenes a step, each with eight questions")
     learning_rate: float = knob(8e-4, gt=0, le=0.1, help="highest learning rate")
 
@@ -64,24 +65,29 @@ class TiledSceneVLM(Recipe):
 
         placed = Placed(taught)
 
-        def answering(net: nn.Module, step: int) -> Tensor:
-            rng = run.rng("tiles", step)
-            scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
-            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, "compare")
-            with torch.autocast("cpu", torch.bfloat16):
-                sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
-                heads = (placed.place_head, placed.relation_heads)
-                return taught.answering_loss(batch, views(scenes), None, *heads, image_sizes=sizes)
+        def answering(phase: str, lesson: Lesson) -> Callable[[nn.Module, int], Tensor]:
+            def loss_of(net: nn.Module, step: int) -> Tensor:
+                rng = run.rng(phase, step)
+                scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
+                batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, lesson)
+                with torch.autocast("cpu", torch.bfloat16):
+                    sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
+                    heads = (placed.place_head, placed.relation_heads)
+                    return taught.answering_loss(batch, views(scenes), None, *heads, image_sizes=sizes)
+
+            return loss_of
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(200, self.steps // 10 + 1))
-        best = fit(run, "tiles", placed, schedule, answering).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        fit(run, "tiles", placed, schedule, answering("tiles", "compare"))
+        schedule = Schedule(self.count_steps, self.learning_rate, warmup=min(200, self.count_steps // 10 + 1))
+        best = fit(run, "count", placed, schedule, answering("count", "count")).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples), SIZE)
         return hand_over(
             run,
             self,
             best,
-            steps={"tiles": self.steps},
+            steps={"tiles": self.steps, "count": self.count_steps},
             scores=scores,
             examples=examples,
             data=DATA,

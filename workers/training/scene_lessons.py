@@ -32,7 +32,8 @@ PLACED_LAYER = 2  # layers of the language model after which a name knows its ob
 BEARING_LAYER = 3  # ... and after which the second of two names knows where the first stands from there
 BEARINGS = 9
 ABSENT = GRID * GRID  # the place of a name that nothing has
-Lesson = Literal["describe", "relate", "compare"]
+COUNTED: tuple[QuestionKind, ...] = ("count", "count", "count", "count-of-shape", "count-of-shape", "shape-at")
+Lesson = Literal["describe", "relate", "compare", "count"]
 IGNORED = -100
 
 
@@ -72,13 +73,14 @@ def pairs_of(scene: Scene, lesson: Lesson, rng: np.random.Generator) -> list[tup
 
     Describing binds shape, colour and place of every object in a few dozen words, where a question asks for one.
     Relations need the places of two objects by name: ``relate`` asks for the places of some objects and of one that is
-    not there, and for the hard kinds again; ``compare`` asks for many relations.
+    not there, and for the hard kinds again; ``compare`` asks for many relations; ``count`` for what is many times in view
+    where a scene is seen as a whole and in tiles.
     """
     if lesson == "describe":
         pairs = [(q.text, q.answer) for q in questions_of(scene, rng)]
         return [*pairs, (CAPTION, scene.caption.replace(",", " ,"))]
-    if lesson == "compare":
-        kinds: tuple[QuestionKind, ...] = (*KINDS, *["relation"] * COMPARED)  # type: ignore[list-item]
+    if lesson in ("compare", "count"):
+        kinds: tuple[QuestionKind, ...] = (*KINDS, *(COUNTED if lesson == "count" else ["relation"] * COMPARED))  # type: ignore[assignment]
         return [(q.text, q.answer) for q in (ask(scene, kind, rng) for kind in kinds)]
     questions = [ask(scene, kind, rng) for kind in (*KINDS, *MORE)]
     names = Counter(t.name for t in scene.things)

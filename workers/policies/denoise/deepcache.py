@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
 
 from studio_state.catalog import Card
 from studio_state.errors import SpecError
+from workers.mechanisms.denoise_reuse import Form, begun, form_of, hollow, note_hit, running
 from workers.mechanisms.denoising import denoising, share_of, state_input
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
-DEEP = "deepcache"
+
+@dataclass
+class Kept:
+    """What the last full step left.
+
+    Attributes:
+        deep: what the last inner block gave: the feature that enters the outer blocks of the up path [B, C, h, w].
+        forms: inner block -> form of what it gave.
+        shape: of what the first inner block was given.
+        whole: the running step is a full one.
+    """
+
+    deep: Any = None
+    forms: dict[int, Form] = field(default_factory=dict)
+    shape: torch.Size | None = None
+    whole: bool = True
 
 
 class DeepCache(Policy):
@@ -74,26 +91,27 @@ class DeepCache(Policy):
         inner = [*down, *middle, *up]  # in the order in which they run; what the last gives is kept
         share = share_of(session, inner)
 
-        def forward(at: int, run: Callable[..., Any], block: Any, *args: Any, **kwargs: Any) -> Any:
-            state = denoising(session)
+        def forward(at: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            state, passed = denoising(session), state_input(args, kwargs)
+            kept = (running if at else begun)(state, self.card.id, Kept)
             last = at == len(inner) - 1
-            if state.step % self.interval == 0:
+            if at == 0:
+                kept.whole = state.step % self.interval == 0 or kept.shape != passed.shape
+                kept.shape = passed.shape
+            if kept.whole:
                 out = run(*args, **kwargs)
-                if last:
-                    state.kept[DEEP] = out
+                kept.forms[at] = form_of(out)
+                kept.deep = out if last else None
                 return out
             if last:
-                session.did(self.card.id)
-                session.count("cache_hits", 1)
-                state.note_reuse(share)
-                return state.kept[DEEP]
-            passed = state_input(args, kwargs)
-            return left_out_down(block, passed) if at < len(down) else passed
+                note_hit(session, self.card.id, share)
+                return kept.deep
+            return hollow(kept.forms[at], passed)
 
         forwards: dict[str, Callable[..., Any]] = {}
         for at, path in enumerate(inner):
             block: Any = session.model.get_submodule(path)
-            forwards[path] = partial(forward, at, block.forward, block)
+            forwards[path] = partial(forward, at, block.forward)
         with session.rerouted(forwards):
             yield
 
@@ -102,9 +120,3 @@ class DeepCache(Policy):
         return (
             f"{self.card.title}: with interval = {self.interval} every step of so short a run is a full one; ask for more steps"
         )
-
-
-def left_out_down(block: Any, passed: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What a down block gives, without running: placeholders that blocks of the up path take off, and do not read."""
-    count = len(block.resnets) + (1 if getattr(block, "downsamplers", None) else 0)
-    return passed, (passed,) * count
