@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from studio_state.errors import StudioError
-from workers.bench.plan import Plan
+from workers.bench.plan import DRAWING_MODEL, Plan
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -31,21 +31,27 @@ class Bench(StrEnum):
     INT4_LEAN = "int4-lean"
     KERNELS = "kernels"
     SAME_LANE = "same-lane"
+    FIRST_BLOCK_CACHE = "first-block-cache"
+
+
+DRAWING = {Bench.FIRST_BLOCK_CACHE}
 
 
 def main(
     only: list[Bench] = typer.Option([], help="run this bench alone; may be given several times"),
     quick: bool = typer.Option(False, help="three pairs of short runs: whether everything works, not how fast"),
     model: str = typer.Option("smollm2-135m", help="zoo id, Hub id or folder"),
+    drawing_model: str = typer.Option(DRAWING_MODEL, help="the same, for the benches that draw: a pipeline with a transformer"),
     threads: int = typer.Option(0, min=0, help="CPU threads; 0 = all cores"),
 ) -> None:
     from workers.bench.report import heading
 
-    plan = Plan(model, threads or psutil.cpu_count(logical=False) or 1)
+    plan = Plan(model, threads or psutil.cpu_count(logical=False) or 1, drawing_model=drawing_model)
     plan = plan.quick() if quick else plan
     for name in only or list(Bench):
         module = import_module(f"workers.bench.{name.value.replace('-', '_')}")
-        print(f"== {name.value}: {(module.__doc__ or '').splitlines()[0]}\n{heading(plan)}", flush=True)
+        what = plan.of_pictures if name in DRAWING else plan.of_texts
+        print(f"== {name.value}: {(module.__doc__ or '').splitlines()[0]}\n{heading(plan, what)}", flush=True)
         try:
             module.bench(plan)
         except StudioError as e:

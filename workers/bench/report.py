@@ -15,13 +15,16 @@ from studio_state.stats import Interval
 from workers.bench.plan import Plan
 
 
-def heading(plan: Plan) -> str:
-    """Versions, processor, threads and the load of the machine: without them a time means nothing."""
+def heading(plan: Plan, what: str) -> str:
+    """Versions, processor, threads and the load of the machine: without them a time means nothing.
+
+    Args:
+        what: the model, and what one run does.
+    """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
         f"torch {torch.__version__}, transformers {version('transformers')}, Python {platform.python_version()}; {_processor()}, "
-        f"{psutil.cpu_count(logical=False)} cores, {plan.threads} threads, load {load:.1f}; {plan.model}, "
-        f"{plan.prompt_tokens} prompt and {plan.new_tokens} new tokens, {plan.pairs} pairs"
+        f"{psutil.cpu_count(logical=False)} cores, {plan.threads} threads, load {load:.1f}; {what}, {plan.pairs} pairs"
     )
 
 

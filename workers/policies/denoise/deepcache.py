@@ -83,7 +83,7 @@ class DeepCache(Policy):
         if self.branch >= count or (self.branch == count - 1 and net.mid_block is None):
             raise SpecError(
                 f"{self.card.id}: branch = {self.branch}, but the U-Net of {session.info.name} has {count} blocks a side; "
-                f"choose 0 to {count - 1}"
+                f"choose 0 to {count - 1 - (net.mid_block is None)}"
             )
         down = [f"{name}.down_blocks.{i}" for i in range(self.branch + 1, count)]
         up = [f"{name}.up_blocks.{i}" for i in range(count - 1 - self.branch)]
