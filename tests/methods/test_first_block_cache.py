@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,25 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from studio_state.errors import Unavailable
+from studio_state.errors import ModelError, StudioError, Unavailable
 from studio_state.events import LaneFinished
 from studio_state.experiment import ExperimentSpec
 from studio_state.pipeline import parse_pipeline
-from tests.methods.drawing import LABEL, broken_off, condition, draw, drawing_session, opened, same_pictures, sizes_seen
+from tests.methods.drawing import (
+    LABEL,
+    OWN,
+    broken_off,
+    condition,
+    draw,
+    drawing_session,
+    opened,
+    pipeline_folder,
+    same_pictures,
+    sizes_seen,
+)
 from tests.tiny_diffusion import stirred
+from workers.bench.first_block_cache import bench
+from workers.bench.plan import Plan
 from workers.engine import run
 from workers.families.base import RunTrace
 from workers.families.class_pipeline import ClassConditionalPipeline
@@ -352,3 +366,27 @@ def test_a_lane_that_reused_nothing_says_so(folder: Path) -> None:
         "no effect: First-block cache: no step changed the first block by 1e-06 or less; "
         "raise threshold, lower warmup or ask for more steps"
     ]
+
+
+# -- the bench -------------------------------------------------------------------------------
+def test_the_bench_tells_of_ours_and_the_librarys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(folder / "dit")
+    bench(Plan("", 1, pairs=2, drawing_model=model, drawn=2, denoising_steps=STEPS))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [t["threshold"] for t in told] == [0.05, 0.1, 0.2]
+    for t in told:
+        ours, theirs = t["first-block-cache"], t["the library's hook"]
+        assert (t["model"], ours["n"]) == (model, 2)
+        assert ours["hits"] == theirs["hits"]
+        assert (ours["psnr"] is None) == (ours["hits"] == 0)
+        assert t["apart"] <= 1e-5
+    assert told[-1]["first-block-cache"]["hits"] > 0
+
+
+def test_the_bench_says_what_keeps_it_from_running(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelError, match="no file or folder '/no/such'"):
+        bench(Plan("", 1, drawing_model="/no/such"))
+    with pytest.raises(StudioError, match="needs a model with the trait 'dit'"):
+        bench(Plan("", 1, drawing_model=str(pipeline_folder(OWN, folder))))
+    with pytest.raises(StudioError, match="the library's first-block cache does not run on SD3Transformer2DModel"):
+        bench(Plan("", 1, pairs=2, drawing_model=str(pipeline_folder("sd3", folder)), drawn=1, denoising_steps=2))

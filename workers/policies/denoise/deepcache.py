@@ -41,7 +41,8 @@ class DeepCache(Policy):
     Ma et al. 2023, arXiv:2312.00858, section 3.3: what the up path gets from below changes slowly from step to step, so
     the outer blocks run with fresh skip connections and an older deep feature. Deviations: whole blocks are left out,
     where the paper cuts between the layers of a block, and full steps are spaced evenly (the paper's uniform 1:N).
-    Steps are counted alike for all pictures of a batch.
+    Steps are counted alike for all pictures of a batch. The share of a step that is reused is told in weights; the outer
+    blocks have few of these but work on the most pixels, so that less time is saved than that.
     """
 
     card: ClassVar[Card] = card(
