@@ -31,6 +31,7 @@ from studio_state.problems import problems
 from studio_state.spool import read_spool
 from studio_state.store import Store
 from tests.tiny import llama_folder
+from tests.tiny_diffusion import build_pipeline
 from workers.engine import run
 from workers.models.fit import LIMIT_VARIABLE
 from workers.serve import Server
@@ -156,8 +157,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tensors = load_file(good / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"].fill_(float("nan"))
     save_file(tensors, home / "nan" / "model.safetensors", {"format": "pt"})
-    (home / "diffusion").mkdir()
-    (home / "diffusion" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    shutil.copytree(build_pipeline("dit", tmp_path_factory.mktemp("pipelines")), home / "diffusion")
     folders = {p.name: str(p) for p in home.iterdir()}
     return {
         **folders,

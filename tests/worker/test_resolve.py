@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from studio_state.errors import ModelError, StudioError, Unavailable
 from tests import tiny
 from tests.hub_server import COMMIT
+from tests.tiny_diffusion import build_pipeline
 from workers.models.info import model_info
 from workers.models.load import load_model
 from workers.models.resolve import resolve
@@ -274,11 +275,9 @@ def test_other_families_are_recognised(copy: Path, tmp_path: Path) -> None:
     vision = {**small, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
     ViTForImageClassification(ViTConfig(**small, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
     LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "vlm")
-    (tmp_path / "diffusion").mkdir()
-    (tmp_path / "diffusion" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    build_pipeline("dit", tmp_path).rename(tmp_path / "diffusion")
     for family in ("vit", "vlm", "diffusion"):
         assert model_info(resolve(str(tmp_path / family))).family == family
-    assert "is of family diffusion; this version" in refused(tmp_path / "diffusion", Unavailable)
     for family in ("vit", "vlm"):
         assert "has neither preprocessor_config.json" in refused(tmp_path / family, ModelError)
     BertModel(BertConfig(**small, vocab_size=64)).save_pretrained(tmp_path / "bert")

@@ -36,7 +36,7 @@ class GenerateImages(Workload):
         title="Generate images",
         families=("diffusion",),
         metrics=("psnr", "ssim", "class_agreement", "feature_similarity", "frechet_distance"),
-        detects=accuracies("pictures whose class is judged", (100, 500, 1000)),
+        detects=accuracies("pictures whose class is judged", (20, 100, 500)),
     )
     prompts: str = knob(
         "",
