@@ -18,10 +18,11 @@ from torch import nn
 
 from workers.data.fashion import CLASSES, held_out
 from workers.families.class_pipeline import ClassConditionalPipeline
+from workers.models.picture_judge import judge_of
 from workers.recipe import Trained, make_recipe
 from workers.recipes.fashion_unet import scheduler
 from workers.session import Cancelled
-from workers.training.class_agreement import judge, sample_and_judge, seen_as, shares
+from workers.training.class_agreement import sample_and_judge, shares
 from workers.training.diffusion_lessons import batch_of, flow_loss, pictures, round_weights, v_loss
 from workers.training.loop import TrainingRun
 
@@ -137,8 +138,8 @@ def test_the_transformer_starts_at_zero_and_hides_no_label_itself() -> None:
 
 def test_the_judge_knows_real_pictures_and_counts_rightly() -> None:
     images, labels = (x[:200] for x in held_out())
-    named = seen_as(judge(), torch.from_numpy(images)[:, None] / 255)
-    assert np.mean(np.array(named) == labels) > 0.9
+    chances, _ = judge_of(CLASSES).look(list(torch.from_numpy(images.copy())[:, None] / 255))
+    assert np.mean(chances.argmax(-1).numpy() == labels) > 0.9
     scores = shares([0, 0, 1, 1], [0, 0, 1, 2])
     assert scores == {"class_agreement": 0.75, "class_agreement_min": 0.5, "T-shirt": 1.0, "trousers": 0.5}
 

@@ -83,7 +83,7 @@ def state_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def share_of(session: Session, blocks: Sequence[str]) -> float:
-    """Weights of some blocks over all weights of the denoiser: how much of a step's work they stand for."""
+    """Weights of some blocks over all weights of the denoiser. Not their share of the time: outer blocks of a U-Net have few weights."""
     model: Any = session.model
     inner = sum(p.numel() for name in blocks for p in session.model.get_submodule(name).parameters())
     return float(inner / max(1, sum(p.numel() for p in model.denoiser.parameters())))

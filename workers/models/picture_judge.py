@@ -34,12 +34,13 @@ class PictureJudge:
 
     @torch.inference_mode()
     def look(self, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Probabilities of the classes [B, 10] and features [B, D] of pictures [C, H, W]."""
+        """Probabilities of the classes [B, 10] and features [B, D] of pictures [C, H, W], rounded to bytes as a file holds them."""
         found: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(pictures), BATCH):
             x = torch.stack([p.float().mean(0, keepdim=True) for p in pictures[start : start + BATCH]])
             if x.shape[-2:] != (EDGE, EDGE):
                 x = torch.nn.functional.interpolate(x, (EDGE, EDGE), mode="bilinear", antialias=True)
+            x = (255 * x).round() / 255
             hidden = self.model.vit(pixel_values=(2 * x - 1).expand(-1, 3, -1, -1)).last_hidden_state[:, 0]
             found.append((self.model.classifier(hidden).softmax(-1), hidden))
         return torch.cat([p for p, _ in found]), torch.cat([f for _, f in found])

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from studio_state.catalog import asset
 from workers.data.fashion import CLASSES
+from workers.models.picture_judge import judge_of
 
-JUDGE = "zoo/fashion-vit"
 BATCH = 50
 PER_CLASS = 100  # pictures of each class where nobody asks for fewer
 SAMPLING_STEPS = 20
@@ -24,25 +22,6 @@ SAMPLING_STEPS = 20
 def pictures_a_class(examples: int | None) -> int:
     """How many pictures of each class give about so many in all; all for None."""
     return PER_CLASS if examples is None else max(1, examples // len(CLASSES))
-
-
-def judge() -> Any:
-    """The studio's classifier of clothes, in float32.
-
-    Raises:
-        OSError: it is not among the assets.
-    """
-    from transformers import AutoModelForImageClassification
-
-    model = AutoModelForImageClassification.from_pretrained(asset(JUDGE), local_files_only=True, dtype=torch.float32)
-    return model.eval()
-
-
-def seen_as(model: Any, pictures: Tensor) -> list[int]:
-    """The class that the judge names for each picture [B, 1, 28, 28] from 0 to 1, rounded to bytes as a file would hold it."""
-    x = (pictures.float() * 255).round() / 127.5 - 1
-    named: list[int] = model(pixel_values=x.expand(-1, 3, -1, -1)).logits.argmax(-1).tolist()
-    return named
 
 
 def shares(asked: list[int], named: list[int]) -> dict[str, float]:
@@ -70,7 +49,7 @@ def sample_and_judge(
     Returns:
         ``class_agreement``, ``class_agreement_min`` (of the worst class), and the share of each class by its name.
     """
-    classifier = judge()
+    judge = judge_of(CLASSES)
     asked = [n % len(CLASSES) for n in range(per_class * len(CLASSES))]
     named: list[int] = []
     pipeline.set_progress_bar_config(disable=True)
@@ -78,5 +57,6 @@ def sample_and_judge(
         say(f"scoring: {start} of {len(asked)} pictures", start / len(asked))
         few = asked[start : start + BATCH]
         seeds = [torch.Generator().manual_seed(start + n) for n in range(len(few))]
-        named += seen_as(classifier, pipeline(few, guidance, steps, generator=seeds).images)
+        chances, _ = judge.look(list(pipeline(few, guidance, steps, generator=seeds).images))
+        named += chances.argmax(-1).tolist()
     return shares(asked, named)
