@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.held import Held
 from workers.mechanisms.vision_attention import VisionCall
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Session:
         selectors: choose the image tokens that enter the language model, one after the other.
         seen: per row of the running batch what became of its image tokens.
         retain_queries: how many newest queries each layer remembers across prefill chunks.
+        retain_on: whether it remembers them across decode steps too.
+        reading: before every attention of a decode step: what it reads in the place of everything stored.
         step_share: denoising steps that run, as a share of those asked for.
         denoising: where the running diffusion pipeline stands; None outside of one.
         companions: models that run beside this one in the lane (a draft model); their weights count as the lane's.
@@ -77,6 +80,8 @@ class Session:
     before_decode: list[Callable[[StudioCache, int], None]] = field(default_factory=list)
     decoder: Decoder | None = None
     retain_queries: int = 0
+    retain_on: bool = False
+    reading: Callable[[AttentionCall], Held | None] | None = None
     vision_observers: list[Callable[[VisionCall], None]] = field(default_factory=list)
     selectors: list[Selector] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)

@@ -108,7 +108,7 @@ def evict(state: State, reference: Reference, seed: int) -> None:
     for number, layer in enumerate(state.cache.layers):
         stored = [g.store.length for g in layer.groups for _ in range(g.stop - g.start)]
         index = [some(generator, rows, s, s - 3 - 4 * number - 5 * h) for h, s in enumerate(stored)]
-        layer.keep(index)
+        layer.keep([kept + max(stored) - s for kept, s in zip(index, stored, strict=True)])  # places in the rectangle
         reference.keep(number, index)
 
 

@@ -83,6 +83,7 @@ class LanguageFamily:
                 kernel=session.spec.attention,
                 observers=session.observers,
                 retain_queries=session.retain_queries,
+                retain_on=session.retain_on,
                 image_tokens=None if batch.image_tokens is None else batch.image_tokens[:, start:stop],
                 seen=stop,
             )
@@ -138,6 +139,9 @@ class LanguageFamily:
             prompt_lengths=state.lengths,
             kernel=session.spec.attention,
             observers=session.observers,
+            reading=session.reading,
+            retain_queries=session.retain_queries if session.retain_on else 0,
+            retain_on=session.retain_on,
             seen=state.cache.seen + t,
         )
         if session.step_forward:

@@ -22,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from workers.mechanisms.cache import PADDING, HeadGroup, KVLayer, StudioCache
+from workers.mechanisms.cache import PADDING, KVLayer, StudioCache
+from workers.mechanisms.held import Held
 from workers.mechanisms.vision_attention import active_vision
 
 NAME = "pareto"
@@ -41,7 +42,9 @@ class Forward:
         prompt_lengths: prompt tokens of each row, padding not counted; budgets are shares of these.
         kernel: ``sdpa`` or ``eager``.
         observers: called after every attention.
+        reading: called before every attention: what it reads in the place of everything stored; None = everything.
         retain_queries: newest queries to remember across prefill chunks, per layer.
+        retain_on: remember them across decode steps too.
         narrowed: set by token policies: from which layer on only some new tokens travel, as
             (first layer, index [B, n] into the new tokens).
         image_tokens: [B, T] which of the new tokens come from an image; None = none of them.
@@ -55,7 +58,9 @@ class Forward:
     prompt_lengths: Sequence[int] = ()
     kernel: Literal["sdpa", "eager"] = "sdpa"
     observers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
+    reading: Callable[[AttentionCall], Held | None] | None = None
     retain_queries: int = 0
+    retain_on: bool = False
     narrowed: list[tuple[int, Tensor]] = field(default_factory=list)
     image_tokens: Tensor | None = None
     seen: int = 0
@@ -92,20 +97,30 @@ class AttentionCall:
     window: int | None = None
 
     @property
+    def held(self) -> Held:
+        """What the layer holds now, as one rectangle."""
+        return self.cache.held()
+
+    @property
     def keys(self) -> Tensor:
         """All stored keys [B, H, S, D]."""
-        return self.cache.group.store.read()[0]
+        return self.held.keys
 
     @property
     def values(self) -> Tensor:
         """All stored values [B, H, S, D]."""
-        return self.cache.group.store.read()[1]
+        return self.held.values
 
     def newest_queries(self, count: int) -> Tensor:
         """The newest ``count`` queries [B, Hq, <= count, D], earlier prefill chunks included."""
         tail = self.cache.query_tail
-        query = self.query if tail is None else torch.cat((tail, self.query), 2)
+        query = self.query if tail is None else torch.cat((tail[0], self.query), 2)
         return query[:, :, -count:]
+
+    def newest_positions(self, count: int) -> Tensor:
+        """Logical positions [B, <= count] of :meth:`newest_queries`."""
+        tail, positions = self.cache.query_tail, self.forward.positions_at(self.layer)
+        return (positions if tail is None else torch.cat((tail[1], positions), 1))[:, -count:]
 
     def probabilities(self, query: Tensor, first: int | None = None) -> Tensor:
         """Softmax attention [B, Hq, w, S] (float32) of some queries over all stored keys.
@@ -115,40 +130,32 @@ class AttentionCall:
             first: those that start at this place among the new tokens.
         """
         b, hq, w, d = query.shape
-        keys = self.keys
+        held = self.held
+        keys = held.keys
         h, s = keys.shape[1], keys.shape[2]
         t = self.query.shape[2]
         behind = 0 if first is None else t - first - w  # entries newer than the last of these queries
         logits = (query.reshape(b, h, hq // h * w, d).float() @ keys.float().transpose(2, 3)) * self.scaling
         logits = logits.view(b, h, hq // h, w, s)
-        positions = self._newest_positions(w) if first is None else self.forward.positions_at(self.layer)[:, first : first + w]
-        mask = visible(self.cache.group, positions, w, self.window, s, query.device, behind)
+        positions = self.newest_positions(w) if first is None else self.forward.positions_at(self.layer)[:, first : first + w]
+        mask = visible(held, positions, w, self.window, s, query.device, behind)
         return logits.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).reshape(b, hq, w, s)
 
-    def _newest_positions(self, count: int) -> Tensor:
-        """Positions [B, count] of the newest entries: those of this layer's cache."""
-        group = self.cache.group
-        if group.positions is None:
-            return torch.arange(group.store.length - count, group.store.length, device=self.query.device)[None]
-        return group.positions[:, 0, -count:]
 
-
-def visible(
-    group: HeadGroup, positions: Tensor, t: int, window: int | None, s: int, device: torch.device, behind: int = 0
-) -> Tensor:
+def visible(held: Held, positions: Tensor, t: int, window: int | None, s: int, device: torch.device, behind: int = 0) -> Tensor:
     """Which stored entries each of ``t`` queries may see: bool [B or 1, H or 1, t, S].
 
     The queries are those of the newest entries, or of the ones ``behind`` entries before them. A
     padded query sees only itself, so that no softmax is empty.
     """
-    if group.positions is None:
+    if held.positions is None:
         rows = torch.arange(s - t - behind, s - behind, device=device)[:, None]
         columns = torch.arange(s, device=device)[None, :]
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
         return mask[None, None]
-    entry = group.positions[:, :, None, :]  # [B, 1 or H, 1, S]
+    entry = held.positions[:, :, None, :]  # [B, 1 or H, 1, S]
     row = positions[:, None, :, None]  # [B, 1, t, 1]
     mask = (entry <= row) & (entry != PADDING)
     if window is not None:
@@ -181,11 +188,12 @@ def attend(
     positions = forward.positions_at(layer) if forward.narrowed else forward.positions
     memory.append(key, value, positions, forward.seen, forward.padded)
     per_kv = query.shape[1] // key.shape[1]
-    if len(memory.groups) == 1:
-        out = _group_attention(forward, memory.groups[0], positions, query, scaling, window, softcap)
+    held = forward.reading(AttentionCall(layer, query, memory, forward, scaling, window)) if forward.reading else None
+    if held is not None or len(memory.groups) == 1:
+        out = _attention(forward, held or memory.groups[0].held(), positions, query, scaling, window, softcap)
     else:
         parts = [
-            _group_attention(forward, g, positions, query[:, g.start * per_kv : g.stop * per_kv], scaling, window, softcap)
+            _attention(forward, g.held(), positions, query[:, g.start * per_kv : g.stop * per_kv], scaling, window, softcap)
             for g in memory.groups
         ]
         out = torch.cat(parts, 1)
@@ -193,37 +201,39 @@ def attend(
         call = AttentionCall(layer, query, memory, forward, scaling, window)
         for observe in forward.observers:
             observe(call)
-    if forward.retain_queries and forward.phase == "prefill":
-        keep = forward.retain_queries
-        tail = query if memory.query_tail is None else torch.cat((memory.query_tail, query), 2)
-        memory.query_tail = None if forward.ends_prefill else tail[:, :, -keep:].clone()
+    if forward.retain_queries and (forward.phase == "prefill" or forward.retain_on):
+        keep, tail, places = forward.retain_queries, query, positions
+        if memory.query_tail is not None:
+            tail, places = torch.cat((memory.query_tail[0], tail), 2), torch.cat((memory.query_tail[1], places), 1)
+        over = forward.ends_prefill and not forward.retain_on
+        memory.query_tail = None if over else (tail[:, :, -keep:].clone(), places[:, -keep:].clone())
     return out.transpose(1, 2)
 
 
-def _group_attention(
+def _attention(
     forward: Forward,
-    group: HeadGroup,
+    held: Held,
     positions: Tensor,
     query: Tensor,
     scaling: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one head group: query [B, Hq, T, D] -> [B, Hq, T, D]."""
-    keys, values = group.store.read()
+    """Attention to what some heads hold: query [B, Hq, T, D] -> [B, Hq, T, D]."""
+    keys, values = held.keys, held.values
     b, hq, t, d = query.shape
     h, s = keys.shape[1], keys.shape[2]
-    gapless = group.positions is None
+    gapless = held.positions is None
     if window is not None and gapless and s <= window:
         window = None
-    unmasked = t == 1 and window is None and (gapless or not group.padded)
+    unmasked = t == 1 and window is None and (gapless or not held.padded)
     causal = gapless and s == t > 1 and window is None
     # Grouped queries as the library calls them; for one token in bfloat16 packing is faster (`make bench`: kernels).
     grouped = causal or (unmasked and query.dtype == torch.float32 and query.device.type == "cpu")
     if forward.kernel == "sdpa" and softcap is None and grouped:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling, enable_gqa=hq != h)
     packed = query.reshape(b, h, hq // h * t, d)  # the G query heads of a KV head as extra rows
-    mask = None if unmasked else _mask(forward, group, positions, t, s, window, hq // h, query.device)
+    mask = None if unmasked else _mask(forward, held, positions, t, s, window, hq // h, query.device)
     if forward.kernel == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling).view(b, hq, t, -1)
     logits = (packed @ keys.transpose(2, 3)) * scaling
@@ -236,13 +246,13 @@ def _group_attention(
 
 
 def _mask(
-    forward: Forward, group: HeadGroup, positions: Tensor, t: int, s: int, window: int | None, groups: int, device: torch.device
+    forward: Forward, held: Held, positions: Tensor, t: int, s: int, window: int | None, groups: int, device: torch.device
 ) -> Tensor:
     """Mask [B or 1, H or 1, G * T, S], built once a forward where layers share it."""
-    key = (t, s, window, groups) if group.positions is None else None
+    key = (t, s, window, groups) if held.positions is None else None
     if key is not None and key in forward.masks:
         return forward.masks[key]
-    mask = visible(group, positions, t, window, s, device).repeat(1, 1, groups, 1)
+    mask = visible(held, positions, t, window, s, device).repeat(1, 1, groups, 1)
     if key is not None:
         forward.masks[key] = mask
     return mask

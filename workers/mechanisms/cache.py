@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from workers.mechanisms.kv_store import FloatStore, KVStore
+from workers.mechanisms.held import Held, rectangle
+from workers.mechanisms.kv_store import PADDING, FloatStore, KVStore
 
-PADDING = -1  # position of an entry that no query may see
+__all__ = ["PADDING", "HeadGroup", "KVLayer", "StudioCache"]
 
 
 @dataclass
@@ -58,10 +59,18 @@ class HeadGroup:
             return torch.arange(self.store.length, device=device).expand(batch, 1, -1)
         return self.positions
 
+    def held(self) -> Held:
+        """What is stored, as it is read."""
+        return Held(*self.store.read(), self.positions, self.padded, (), self.tracked)
+
     def keep(self, index: Tensor) -> None:
-        """Keep only the entries ``index`` [B, H, n]."""
-        positions = self.logical(index.shape[0], index.device)
-        self.positions = positions.expand(-1, index.shape[1], -1).gather(2, index)
+        """Keep only the entries ``index`` [B, H, n]; below 0 = no entry, its place becomes padding."""
+        positions = self.logical(index.shape[0], index.device).expand(-1, index.shape[1], -1)
+        if bool((index < 0).any()):
+            empty, index = index < 0, index.clamp_min(0)
+            self.positions, self.padded = positions.gather(2, index).masked_fill(empty, PADDING), True
+        else:
+            self.positions = positions.gather(2, index)
         self.store.keep(index)
         self.tracked = {name: x.gather(2, index) for name, x in self.tracked.items()}
 
@@ -99,7 +108,7 @@ class KVLayer(CacheLayerMixin):
         self.groups: list[HeadGroup] = []
         self.seen = 0
         self.capacity = capacity
-        self.query_tail: Tensor | None = None  # [B, Hq, W, D], the newest queries of earlier chunks
+        self.query_tail: tuple[Tensor, Tensor] | None = None  # newest queries [B, Hq, W, D] of earlier forwards, positions [B, W]
 
     # -- what the library asks -------------------------------------------------------------
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -155,10 +164,24 @@ class KVLayer(CacheLayerMixin):
             raise RuntimeError("this layer holds heads of different lengths; use .groups")
         return self.groups[0]
 
+    def held(self) -> Held:
+        """What all heads hold, as one rectangle."""
+        return rectangle(self.groups)
+
+    def track(self, name: str, values: Tensor) -> None:
+        """Let ``values`` [B, H, S] follow the entries from now on, S as in :meth:`held`."""
+        for g in self.groups:
+            g.tracked[name] = values[:, g.start : g.stop, values.shape[2] - g.store.length :]
+
+    @property
+    def heads(self) -> int:
+        """Key-value heads; 0 while nothing is stored."""
+        return self.groups[-1].stop if self.groups else 0
+
     @property
     def stored(self) -> float:
         """Entries stored, mean over heads."""
-        heads = self.groups[-1].stop if self.groups else 1
+        heads = self.heads or 1
         return sum(g.store.length * (g.stop - g.start) for g in self.groups) / heads
 
     def keep(self, index: Tensor | Sequence[Tensor]) -> None:
@@ -166,18 +189,18 @@ class KVLayer(CacheLayerMixin):
 
         Args:
             index: [B, H, n] entries to keep per head, or one tensor [B, n_h] a head, whose lengths
-                may differ; ascending. The bytes of the other entries are freed.
+                may differ; places in :meth:`held`, ascending, below 0 = no entry. The bytes of the
+                other entries are freed.
         """
+        if isinstance(index, Tensor) and len(self.groups) == 1:
+            self.group.keep(index)
+            return
         if isinstance(index, Tensor):
-            if len(self.groups) == 1:
-                self.group.keep(index)
-                return
             index = [index[:, h] for h in range(index.shape[1])]
-        if len(self.groups) == 1:
-            whole = self.groups[0]
-            self.groups = [whole.part(h) for h in range(whole.stop - whole.start)]
-        for g, kept in zip(self.groups, index, strict=True):
-            g.keep(kept[:, None, :])
+        lengths = [g.store.length for g in self.groups for _ in range(g.start, g.stop)]
+        self.groups = [g.part(h) for g in self.groups for h in range(g.stop - g.start)]
+        for g, kept, length in zip(self.groups, index, lengths, strict=True):
+            g.keep((kept - (max(lengths) - length))[:, None, :])  # filling of the rectangle falls below 0
 
     def crop_newest(self, count: int) -> None:
         """Take back the newest ``count`` entries."""

@@ -1,53 +1,83 @@
-"""Evicting cached positions: the moment, the budget, the choice by score.
+"""Evicting cached positions: the moment, the choice by score, one length for all heads or one for each.
 
 A policy hands in one function that looks at an attention call and names the entries to keep.
 Budgets count prompt positions: ``keep`` = 0.25 of 1,000 prompt tokens leaves 250 in every KV head,
 protected ones included. Each row of a padded batch has the budget of its own prompt.
+
+Shapes: B batch, H KV heads, Hq query heads, S stored entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.cache import PADDING, HeadGroup
+from workers.mechanisms.cache import PADDING
+from workers.mechanisms.held import Held
 from workers.mechanisms.ranking import best_of_real
 from workers.session import Session
 
-Choose = Callable[[AttentionCall], Tensor | None]
+Kept = Tensor | list[Tensor]
+Choose = Callable[[AttentionCall], Kept | None]
+When = Literal["prefill", "decode", "both"]
 
 
-def budgets(call: AttentionCall, keep: float, protected: int = 1) -> list[int]:
-    """Entries left of each row's prompt: the share ``keep``, never fewer than the protected ones or than 1."""
-    return [min(n, max(round(keep * n), protected, 1)) for n in call.forward.prompt_lengths]
+@dataclass(frozen=True)
+class Guarded:
+    """Entries that always stay: positions below ``sinks``, and the newest ``recent`` of all rows or of each."""
+
+    recent: int | Sequence[int] = 0
+    sinks: int = 0
+
+    def newest(self, rows: int) -> list[int]:
+        """How many of the newest entries stay in each row."""
+        return [self.recent] * rows if isinstance(self.recent, int) else list(self.recent)
+
+
+FREE = Guarded()
+
+
+def budgets(call: AttentionCall, keep: float, guarded: Guarded = FREE) -> list[int]:
+    """Entries left of each row's prompt: the share ``keep``, never fewer than the guarded ones or than 1."""
+    lengths = call.forward.prompt_lengths
+    return [
+        min(n, max(round(keep * n), recent + guarded.sinks, 1))
+        for n, recent in zip(lengths, guarded.newest(len(lengths)), strict=True)
+    ]
 
 
 @contextmanager
-def evicting(session: Session, policy: str, choose: Choose, every: int = 0) -> Iterator[None]:
-    """Let ``choose`` evict in every layer at the end of the prefill.
+def evicting(
+    session: Session, policy: str, choose: Choose, when: When = "prefill", every: int = 1, between_chunks: bool = False
+) -> Iterator[None]:
+    """Let ``choose`` evict in every layer.
 
     Args:
-        choose: attention call -> entries to keep [B, H, n], ascending; None = keep all.
-        every: also after every n-th decode step; 0 = never.
+        choose: attention call -> entries to keep, ascending: [B, H, n], or [B, n] a head; None = all.
+        when: at the end of the prefill, after every ``every``-th decode step, or both.
+        between_chunks: also after every earlier chunk of the prompt.
     """
 
     def observe(call: AttentionCall) -> None:
         forward = call.forward
         if forward.phase == "prefill":
-            due = forward.ends_prefill
+            due = when != "decode" and (forward.ends_prefill or between_chunks)
         else:
             new = forward.seen - forward.prompt_tokens
-            due = bool(every) and new // every > (new - forward.positions.shape[1]) // every
+            due = when != "prefill" and new // every > (new - forward.positions.shape[1]) // every
         if not due:
             return
         index = choose(call)
         if index is not None:
-            session.did(policy, call.cache.stored - index.shape[-1])
+            before = call.cache.stored
             call.cache.keep(index)
+            session.did(policy, before - call.cache.stored)
 
     with session.hooked(session.observers, observe):
         yield
@@ -67,26 +97,64 @@ def keep_best(
         Indices [B, H, max(counts)], ascending; a row with a smaller count is filled up with its padding. None if
         there is nothing to evict.
     """
-    s = scores.shape[-1]
-    if s <= max(counts):
+    if scores.shape[-1] <= max(counts):
         return None
-    scores, group = scores.clone(), call.cache.group
-    newest = [recent] * len(counts) if isinstance(recent, int) else recent
-    for row, n in enumerate(newest):
+    held = call.held
+    scores = guarding(scores, held, Guarded(recent, sinks), len(counts))
+    if held.real is None:
+        return scores.topk(max(counts), dim=-1).indices.sort(-1).values
+    return best_of_real(scores, held.real.expand_as(scores), torch.tensor(counts, device=scores.device))
+
+
+def keep_best_of_all(
+    call: AttentionCall, scores: Tensor, counts: Sequence[int], guarded: Guarded, safeguard: float
+) -> list[Tensor] | None:
+    """The best entries of a layer, whichever heads they are in: heads differ in length, the layer holds what it would.
+
+    Feng et al. 2024, Ada-KV, arXiv:2407.11550, algorithm 1: the heads' budgets follow from one ranking over all of
+    them, but every head keeps at least the share ``safeguard`` of an equal budget.
+
+    Args:
+        scores: [B, H, S], higher = keep; comparable between heads.
+        counts: entries a head to keep in each row, on average.
+
+    Returns:
+        Per head indices [B, n_h], ascending; where a row keeps fewer in a head than another row, below 0. None if
+        there is nothing to evict.
+    """
+    b, h, s = scores.shape
+    held = call.held
+    real = torch.ones_like(scores, dtype=torch.bool) if held.real is None else held.real.expand_as(scores)
+    if not bool((real.sum((1, 2)) > h * torch.tensor(counts, device=real.device)).any()):
+        return None
+    scores = guarding(scores, held, guarded, b).masked_fill(~real, float("-inf"))
+    chosen = torch.zeros_like(real)
+    for row, n in enumerate(counts):
+        ranked = scores[row].clone()
+        safe = min(s, max(1, int(safeguard * n)))
+        ranked.scatter_(-1, ranked.topk(safe, dim=-1).indices, float("inf"))
+        ranked.masked_fill_(~real[row], float("-inf"))
+        best = ranked.flatten().topk(min(h * n, h * s)).indices
+        chosen[row].view(-1)[best] = True
+    chosen &= real
+    kept = []
+    for head in range(h):
+        mask = chosen[:, head]  # [B, S]
+        first = mask.int().argsort(dim=-1, descending=True, stable=True)[:, : int(mask.sum(-1).max())]
+        kept.append(torch.where(mask.gather(1, first), first, -1).sort(-1).values)
+    return kept
+
+
+def guarding(scores: Tensor, held: Held, guarded: Guarded, rows: int) -> Tensor:
+    """A copy of the scores [B, H, S] in which what always stays is best."""
+    scores = scores.clone()
+    for row, n in enumerate(guarded.newest(rows)):
         if n:
             scores[row, :, -n:] = float("inf")
-    if sinks:  # by position: a padded row begins with padding
-        place = group.positions if group.positions is not None else torch.arange(s, device=scores.device)
-        scores.masked_fill_(((place >= 0) & (place < sinks)).expand_as(scores), float("inf"))
-    real = real_entries(group)
-    if real is None:
-        return scores.topk(max(counts), dim=-1).indices.sort(-1).values
-    return best_of_real(scores, real.expand_as(scores), torch.tensor(counts, device=scores.device))
-
-
-def real_entries(group: HeadGroup) -> Tensor | None:
-    """Which stored entries are no padding: bool [B, 1 or H, S]; None = all."""
-    return None if group.positions is None or not group.padded else group.positions != PADDING
+    if guarded.sinks:  # by position: a padded row begins with padding
+        places = held.places()
+        scores.masked_fill_(((places >= 0) & (places < guarded.sinks)).expand_as(scores), float("inf"))
+    return scores
 
 
 def per_kv_head(x: Tensor, kv_heads: int) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+PADDING = -1  # position of an entry that no query may see
+
 
 class KVStore(Protocol):
     """How one head group stores keys and values."""

@@ -1,0 +1,131 @@
+"""The base of policies that evict cached positions: the budget and its knobs, the same for every way of scoring.
+
+Shapes: B batch, H KV heads, S stored entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+from pydantic import field_validator
+from torch import Tensor
+
+from studio_state.errors import SpecError
+from workers.cards import knob
+from workers.mechanisms.attention import AttentionCall
+from workers.mechanisms.eviction import FREE, Guarded, Kept, When, budgets, evicting, keep_best, keep_best_of_all
+from workers.mechanisms.layer_budgets import Rule, layer_shares, relative
+from workers.methods import Policy
+from workers.session import Session
+
+EVICTS: dict[str, Any] = {
+    "stage": "kv",
+    "families": ("llm", "vlm"),
+    "owns": ("kv.length",),
+    "needs": ("attention.scores",),
+    "spoils": ("kv.rollback", "kv.uniform"),
+    "effects": {"kept_prompt_tokens": "down", "prefill_kv_bytes": "down"},
+    "hopes": {"decode_tokens_per_s": "up"},
+    "neutral": {"keep": 1.0},
+}  # what the cards of evictors have in common
+
+
+class Budgeted(Policy):
+    """How much of the prompt stays in the cache, when it is cut back to that, and how the layers share it."""
+
+    keep: float = knob(0.5, ge=0.01, le=1.0, help="share of prompt positions kept; lower = smaller and faster, worse recall")
+    when: When = knob("prefill", help="prefill = evict at the end of the prompt; decode = while answering; both = then and there")
+    every: int = knob(16, ge=1, le=256, help="while answering, evict every so many new tokens; more = less work, a longer cache")
+    between_chunks: bool = knob(
+        False,
+        help="where the prompt comes in chunks, evict after each of them: less memory at the peak, scores from what is left",
+    )
+    layers: Rule = knob("uniform", help="uniform = all layers keep as much; pyramid = the first ones more; given = as you say")
+    slope: float = knob(20.0, ge=1.0, le=100.0, help="of the pyramid: the last layer keeps 1 / slope of the mean; 1 = uniform")
+    layer_shares: str = knob("2, 1", max_length=400, help="of given: relative budgets, first layer to last; two numbers = a line")
+
+    @field_validator("layer_shares")
+    @classmethod
+    def _are_numbers(cls, value: str) -> str:
+        try:
+            relative(value)
+        except SpecError as e:
+            raise ValueError(str(e)) from e
+        return value
+
+    def attach(self, session: Session) -> AbstractContextManager[Any]:
+        """Evict in every layer, whenever it is time."""
+        return nullcontext() if self.is_neutral else self._evicting(session)
+
+    @contextmanager
+    def _evicting(self, session: Session) -> Iterator[None]:
+        with evicting(session, self.card.id, self.choose, self.when, self.every, self.between_chunks):
+            yield
+
+    def choose(self, call: AttentionCall) -> Kept | None:
+        """Entries of one layer to keep, ascending: [B, H, n], or [B, n] a head; None = all."""
+        raise NotImplementedError
+
+    def counts(self, call: AttentionCall, guarded: Guarded = FREE) -> list[int]:
+        """Entries that this layer keeps in each row, at least the guarded ones."""
+        return budgets(call, self.share(call), guarded)
+
+    def share(self, call: AttentionCall) -> float:
+        """Share of the prompt that this layer keeps."""
+        if self.layers == "uniform":
+            return self.keep
+        cache = call.forward.cache
+        order = [layer for layer, memory in enumerate(cache.layers) if memory.keeps_kv]
+        return layer_shares(self.keep, len(order), self.layers, self.slope, self.layer_shares)[order.index(call.layer)]
+
+    def kv_factor(self) -> float:
+        """The share kept."""
+        return self.keep if self.when != "decode" else 1.0
+
+
+class Evictor(Budgeted):
+    """Keeps the positions with the best scores; heads may share a layer's budget by one ranking over all of them."""
+
+    heads: Literal["uniform", "adaptive"] = knob(
+        "uniform", help="uniform = every head of a layer keeps as much; adaptive = heads with higher scores keep more"
+    )
+    safeguard: float = knob(
+        0.2, ge=0.0, le=1.0, help="of adaptive: every head keeps at least this share of an equal budget; 1 = uniform"
+    )
+
+    def scores(self, call: AttentionCall) -> Tensor | None:
+        """How much each stored entry of one layer is worth [B, H, S], higher = keep; None = this layer keeps all."""
+        raise NotImplementedError
+
+    def guarded(self, call: AttentionCall) -> Guarded:
+        """What always stays."""
+        return FREE
+
+    def choose(self, call: AttentionCall) -> Kept | None:
+        """The best by score, within the budget."""
+        scores = self.scores(call)
+        if scores is None:
+            return None
+        guarded = self.guarded(call)
+        counts = self.counts(call, guarded)
+        if self.heads == "adaptive":
+            return keep_best_of_all(call, scores, counts, guarded, self.safeguard)
+        return keep_best(call, scores, counts, guarded.recent, guarded.sinks)
+
+
+class QueryEvictor(Evictor):
+    """Scores positions by the attention of the newest queries, which every layer therefore remembers."""
+
+    window: int = knob(32, ge=1, le=512, help="last prompt tokens whose attention votes; they always stay")
+
+    @contextmanager
+    def _evicting(self, session: Session) -> Iterator[None]:
+        remembers = {"retain_queries": max(session.retain_queries, self.window), "retain_on": self.when != "prefill"}
+        with session.having(**remembers), super()._evicting(session):
+            yield
+
+    def guarded(self, call: AttentionCall) -> Guarded:
+        """The window that votes."""
+        return Guarded(recent=min(call.newest_queries(self.window).shape[2], call.held.keys.shape[2]))

@@ -1,0 +1,25 @@
+"""Ada-KV."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from studio_state.catalog import Card
+from workers.cards import knob
+from workers.mechanisms.evictor import EVICTS
+from workers.mechanisms.window_votes import WindowVotes
+from workers.methods import card
+
+
+class AdaKV(WindowVotes):
+    """Let heads whose attention is spread keep more positions than heads that look at a few, chosen as by SnapKV.
+
+    Feng et al. 2024, arXiv:2407.11550, algorithm 1: one ranking over all heads of a layer shares its budget among
+    them, with a safeguard for each. It is SnapKV with ``heads`` = adaptive. Every head's memory really shrinks to what
+    it keeps, so a layer frees what equal heads would free. In a batch a head is as long as its longest row.
+    """
+
+    card: ClassVar[Card] = card(id="adakv", title="Ada-KV", paper="arXiv:2407.11550", **EVICTS)
+    heads: Literal["uniform", "adaptive"] = knob(
+        "adaptive", help="adaptive = heads with higher scores keep more; uniform = every head of a layer keeps as much"
+    )
