@@ -6,7 +6,7 @@ line breaks between rows of tiles 144 + 24 x 25 = 744 image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from workers.data.scenes import Scene, make_scene
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
-from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, normalized
+from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, halved, normalized, tile, views_of
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE
 
@@ -29,14 +29,17 @@ SIZE = 2 * VIEW
 GRID = [[VIEW, SIZE], [SIZE, VIEW], [SIZE, SIZE]]
 SIDE = VIEW // PATCH
 TOKENS = SIDE**2 + 2 * SIDE * (2 * SIDE + 1)
+KEPT = 0.1  # weight of what the tower must not forget: objects at full size
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
 
 class TiledSceneVLM(Recipe):
     """Teach the scene model to look at larger scenes in tiles.
 
-    Liu et al. 2024 (LLaVA-NeXT): the image is seen as a whole, half as large, and in four tiles at full size, so
-    that shapes can be told apart in the tiles only. Starts from a trained ``scene-vlm``; its vision tower stays as it is.
+    Liu et al. 2024 (LLaVA-NeXT): the image is seen as a whole, half as large, and in four tiles at full size. Starts
+    from a trained ``scene-vlm``. First it learns to answer about the half-sized whole, with the positions between image
+    and question left free that the tiles will take (a tower that never saw objects this small counts none of them);
+    then, the tower held fixed, to find its way among the tiles.
     """
 
     card: ClassVar[Card] = card(
@@ -48,46 +51,61 @@ class TiledSceneVLM(Recipe):
     )
 
     start: str = knob("", help="folder of a trained scene-vlm; empty = the one that comes with the studio")
-    steps: int = knob(2000, ge=1, le=1_000_000, help="optimizer steps; more = better answers")
-    count_steps: int = knob(2500, ge=1, le=1_000_000, help="last steps, with many counts; more = better counts")
-    batch_size: int = knob(8, ge=1, le=4096, help="scenes a step, each with eight questions")
+    whole_steps: int = knob(
+        2500, ge=1, le=1_000_000, help="steps with the whole view alone; more = small objects are seen better"
+    )
+    steps: int = knob(1500, ge=1, le=1_000_000, help="steps with all five views; more = better answers")
+    batch_size: int = knob(
+        8, ge=1, le=4096, help="scenes a step with all views, and half as many as a step with the whole view alone"
+    )
     learning_rate: float = knob(8e-4, gt=0, le=0.1, help="highest learning rate")
 
     def train(self, run: TrainingRun) -> Trained:
-        """Train projector, line break and language model; score on scenes that the training never drew."""
+        """Train the whole view, then all views; score on scenes that the training never drew."""
         torch.manual_seed(run.seed)
-        folder = Path(self.start) if self.start else asset("zoo/scene-vlm")
-        model, ready = tiled(folder)
-        tokenizer = ready.tokenizer
-        taught = Taught(model)
-        for part in (model.model.vision_tower, taught.patch_head, taught.name_head, taught.count_head):
-            part.requires_grad_(False)
+        base, tokenizer = scene_model(Path(self.start) if self.start else asset("zoo/scene-vlm"))
+        placed = Placed(Taught(base))
 
-        placed = Placed(taught)
+        def whole_view(net: nn.Module, step: int) -> Tensor:
+            rng = run.rng("whole", step)
+            scenes = [make_scene(rng, SIZE) for _ in range(2 * self.batch_size)]
+            batch = asked(tokenizer, base.config.image_token_id, SIDE**2, scenes, rng, lesson(step), gap=TOKENS - SIDE**2)
+            seen = views_of([halved(s) for s in scenes])
+            cuts = views_of([tile(s, *(VIEW * int(v) for v in rng.integers(0, 2, 2))) for s in scenes[: self.batch_size]])
+            taught = placed.taught
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = taught.answering_loss(batch, normalized(seen.images), seen, placed.place_head, placed.relation_heads)
+                of_cuts = base.model.vision_tower(normalized(cuts.images), output_hidden_states=True, return_dict=True)
+                return loss + KEPT * taught.seeing_loss(of_cuts.hidden_states, of_cuts.pooler_output, cuts)
 
-        def answering(phase: str, lesson: Lesson) -> Callable[[nn.Module, int], Tensor]:
-            def loss_of(net: nn.Module, step: int) -> Tensor:
-                rng = run.rng(phase, step)
-                scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
-                batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, lesson)
-                with torch.autocast("cpu", torch.bfloat16):
-                    sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
-                    heads = (placed.place_head, placed.relation_heads)
-                    return taught.answering_loss(batch, views(scenes), None, *heads, image_sizes=sizes)
+        schedule = Schedule(self.whole_steps, self.learning_rate, warmup=min(200, self.whole_steps // 10 + 1))
+        whole = fit(run, "whole", placed, schedule, whole_view)
+        model, ready = tiled(whole.taught.model, tokenizer)  # type: ignore[union-attr]
+        placed = Placed(Taught(model))
+        for part in ("place_head", "relation_heads"):
+            getattr(placed, part).load_state_dict(getattr(whole, part).state_dict())
+        for fixed in (model.model.vision_tower, placed.taught.patch_head, placed.taught.name_head, placed.taught.count_head):
+            fixed.requires_grad_(False)
 
-            return loss_of
+        def all_views(net: nn.Module, step: int) -> Tensor:
+            rng = run.rng("tiles", step)
+            scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
+            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, lesson(step))
+            sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
+            with torch.autocast("cpu", torch.bfloat16):
+                return placed.taught.answering_loss(
+                    batch, views(scenes), None, placed.place_head, placed.relation_heads, image_sizes=sizes
+                )
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(200, self.steps // 10 + 1))
-        fit(run, "tiles", placed, schedule, answering("tiles", "compare"))
-        schedule = Schedule(self.count_steps, self.learning_rate, warmup=min(200, self.count_steps // 10 + 1))
-        best = fit(run, "count", placed, schedule, answering("count", "count")).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        best = fit(run, "tiles", placed, schedule, all_views).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples), SIZE)
         return hand_over(
             run,
             self,
             best,
-            steps={"tiles": self.steps, "count": self.count_steps},
+            steps={"whole": self.whole_steps, "tiles": self.steps},
             scores=scores,
             examples=examples,
             data=DATA,
@@ -96,25 +114,33 @@ class TiledSceneVLM(Recipe):
         )
 
 
-def tiled(folder: Path) -> tuple[Any, Any]:
-    """The scene model in a class that tiles images, and its processor.
+def lesson(step: int) -> Lesson:
+    """Relations and counts in turn: what is hardest."""
+    return "count" if step % 2 else "compare"
+
+
+def scene_model(folder: Path) -> tuple[Any, Any]:
+    """A trained scene model in float32, and its tokenizer.
 
     Raises:
-        StudioError: the folder holds no scene model.
+        StudioError: the folder holds none.
     """
-    from transformers import (
-        AutoProcessor,
-        LlavaForConditionalGeneration,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-    )
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     if not (folder / "config.json").is_file():
         raise StudioError(f"{folder} holds no trained scene-vlm; train it first: pareto-studio train scene-vlm --out DIR")
-    base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model, AutoProcessor.from_pretrained(folder).tokenizer
+
+
+def tiled(base: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The scene model in a class that tiles images, and its processor.
+
+    Raises:
+        StudioError: the weights are not those of a scene model.
+    """
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor
+
     config = LlavaNextConfig(
         vision_config=base.config.vision_config,
         text_config=base.config.text_config,
@@ -130,9 +156,7 @@ def tiled(folder: Path) -> tuple[Any, Any]:
     model = LlavaNextForConditionalGeneration(config)
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
     if unexpected or set(missing) - {"model.image_newline"}:
-        raise StudioError(
-            f"{folder} is not a scene-vlm: its weights have other names than the tiled model's ({missing or unexpected})"
-        )
+        raise StudioError(f"this is no scene-vlm: its weights have other names than the tiled model's ({missing or unexpected})")
     model.set_attn_implementation("sdpa")  # at 900 tokens twice as fast as eager, to train on a CPU
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": VIEW},

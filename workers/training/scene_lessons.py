@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from workers.data.scenes import GRID, KINDS, NAMES, NOTHING, RELATIONS, Question, QuestionKind, Scene, ask, make_scene
@@ -97,8 +98,13 @@ def asked(
     scenes: Sequence[Scene],
     rng: np.random.Generator,
     lesson: Lesson = "describe",
+    gap: int = 0,
 ) -> AskedBatch:
-    """Put what is asked about each scene behind its image."""
+    """Put what is asked about each scene behind its image.
+
+    Args:
+        gap: positions left free between image and questions, for further image tokens that a later lesson puts there.
+    """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     prefix = [tokenizer.bos_token_id, vocabulary["user"], *[image_token] * image_tokens]
     start = len(prefix)
@@ -123,7 +129,7 @@ def asked(
         for n, (tokens, words) in enumerate(blocks):
             end = at + len(tokens)
             ids[r, at:end], block[r, at:end] = tokens, n
-            positions[r, at:end] = start + np.arange(len(tokens))
+            positions[r, at:end] = start + gap + np.arange(len(tokens))
             targets[r, at + words : end - 1] = tokens[words + 1 :]  # the answer and the end, each from the token before
             of_caption[r, at:end] = lesson == "describe" and n == len(blocks) - 1
             blind[r, at:end] = not of_caption[r, at] and rng.random() < BLIND
@@ -333,6 +339,14 @@ def views_of(scenes: Sequence[tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]
 def whole(scene: Scene) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
     """The view of a whole 96-pixel scene."""
     return scene, np.asarray(scene.image), scene.masks
+
+
+def halved(scene: Scene) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
+    """The view of a whole 192-pixel scene, half as large."""
+    image = np.asarray(scene.image.resize((VIEW, VIEW), Image.Resampling.BICUBIC))
+    masks = scene.masks.reshape(-1, VIEW, 2, VIEW, 2).mean((2, 4)) >= 0.5
+    things = tuple(replace(t, at=(t.at[0] / 2, t.at[1] / 2), radius=t.radius / 2) for t in scene.things)
+    return replace(scene, things=things, size=VIEW), image, masks
 
 
 def tile(scene: Scene, x: int, y: int) -> tuple[Scene, NDArray[np.uint8], NDArray[np.bool_]]:
