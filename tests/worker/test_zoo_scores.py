@@ -13,6 +13,9 @@ from studio_state.zoo import InRepo
 from workers.recipe import FACTS, Trained, make_recipe, recipes
 
 OWN = [e for e in zoo.entries() if isinstance(e.source, InRepo)]
+SCENES = {"scene-vlm": 96, "scene-vlm-tiled": 192}  # edge of the scenes in pixels
+DRAWING = [e.id for e in OWN if e.family == "diffusion"]
+NOVELS = [e.id for e in OWN if e.id.startswith("austen")]
 FEW = 50  # scenes, six questions each
 
 
@@ -50,34 +53,54 @@ def test_the_vision_transformer_names_as_many_clothes_as_stated() -> None:
     assert accuracy(model) == (pytest.approx(stated, abs=0.003), 10_000)
 
 
-def test_the_scene_model_answers_as_well_as_stated_and_needs_its_image() -> None:
+@pytest.mark.parametrize("name", [e.id for e in OWN if e.id in SCENES])
+def test_a_scene_model_answers_as_well_as_stated_and_needs_its_image(name: str) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from workers.data.scenes import KINDS
     from workers.training.scene_scores import score_scenes
 
     torch.set_num_threads(1)
-    stated = facts("scene-vlm").scores
+    stated = facts(name).scores
     assert all(stated[kind] >= 0.9 for kind in KINDS), stated
     assert stated["accuracy"] - stated["dropped accuracy"] >= 0.15  # else image tokens mean nothing
     assert stated["accuracy"] - stated["blind accuracy"] >= 0.4
-    model = AutoModelForImageTextToText.from_pretrained(asset("zoo/scene-vlm"), dtype=torch.bfloat16).eval()
-    found, questions = score_scenes(model, AutoProcessor.from_pretrained(asset("zoo/scene-vlm")), scenes=FEW)
-    assert questions == FEW * len(KINDS)
+    folder, scenes = asset("zoo") / name, FEW * 96 // SCENES[name]
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    found, questions = score_scenes(model, AutoProcessor.from_pretrained(folder), scenes=scenes, size=SCENES[name])
+    assert questions == scenes * len(KINDS)
     for name in ("accuracy", "blind accuracy", "dropped accuracy"):
         assert found[name] == pytest.approx(stated[name], abs=0.08)
 
 
-def test_the_unet_draws_what_it_is_asked_for_as_often_as_stated() -> None:
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_model_draws_what_it_is_asked_for_as_often_as_stated(name: str) -> None:
     from workers.models.load import load_model
     from workers.models.resolve import resolve
     from workers.training.class_agreement import sample_and_judge
 
     torch.set_num_threads(1)
-    stated, real = facts("fashion-unet").scores, facts("fashion-vit").scores["accuracy"]
-    assert facts("fashion-unet").examples >= 1000
+    stated, real = facts(name).scores, facts("fashion-vit").scores["accuracy"]
+    assert facts(name).examples >= 1000
     assert stated["class_agreement"] >= real - 0.1
     assert stated["class_agreement_min"] >= 0.5
-    pipeline: Any = load_model(resolve("fashion-unet"), torch.float32).model.pipeline
-    found = sample_and_judge(pipeline, 6, guidance=facts("fashion-unet").knobs["guidance"])
+    pipeline: Any = load_model(resolve(name), torch.float32).model.pipeline
+    found = sample_and_judge(pipeline, 6, guidance=facts(name).knobs["guidance"])
     assert found["class_agreement"] == pytest.approx(stated["class_agreement"], abs=0.1)
+
+
+@pytest.mark.parametrize("name", NOVELS)
+def test_a_model_of_the_novels_reads_on_as_well_as_stated(name: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from workers.training.novel_lessons import held_out_ids, likelihood
+
+    torch.set_num_threads(1)
+    folder, few = asset("zoo") / name, 4000  # tokens
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found, scored = likelihood(model, tokenizer, held_out_ids(tokenizer, few))
+    assert scored == few
+    assert facts(name).examples > 10_000
+    for metric in ("perplexity", "bits_per_character"):
+        assert found[metric] == pytest.approx(facts(name).scores[metric], rel=0.12)  # other pages, as hard or a little harder
