@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app import race_charts, race_drawn, race_experts, race_gallery, race_images, race_outputs, race_view
+from app import race_cache, race_charts, race_drawn, race_experts, race_gallery, race_images, race_outputs, race_view
 from app.dispatch.job import owner_mark
 from app.race import Race
 from studio_state.events import Event
@@ -167,6 +167,7 @@ _SECTIONS: dict[str, Callable[[Race, str | None], Any]] = {
     "drawn": race_drawn.drawn,
     "charts": race_charts.charts,
     "kept": race_outputs.kept,
+    "cache": race_cache.cache,
     "experts": race_experts.experts,
     "table": lambda race, item: race_view.table(race),
 }

@@ -119,6 +119,8 @@ class Race(Results):
                 self.items[event.item].measured = event.seq
             case ev.Kept():
                 self.item(event.item).kept[event.lane] = event
+            case ev.CacheMap():
+                self.item(event.item).caches[event.lane] = event
             case ev.Picture():
                 self.item(event.item).picture = event
             case ev.ImageTokens():

@@ -39,6 +39,7 @@ class Item:
         pieces: the prompt, token by token.
         streams: lane -> what it made of the item.
         kept: lane -> which prompt tokens it kept.
+        caches: lane -> what every head of its cache held at some moments.
         picture: its image with the places of the image tokens, where it has one.
         image_tokens: lane -> what it did with them.
         experts: lane -> how its experts shared the tokens.
@@ -51,6 +52,7 @@ class Item:
     pieces: list[str] = field(default_factory=list)
     streams: dict[int, Stream] = field(default_factory=dict)
     kept: dict[int, ev.Kept] = field(default_factory=dict)
+    caches: dict[int, ev.CacheMap] = field(default_factory=dict)
     picture: ev.Picture | None = None
     image_tokens: dict[int, ev.ImageTokens] = field(default_factory=dict)
     experts: dict[int, ev.ExpertLoad] = field(default_factory=dict)

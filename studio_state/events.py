@@ -171,6 +171,40 @@ class Kept(Event):
     layers: list[str] = Field(default_factory=list)
 
 
+class CacheFrame(BaseModel):
+    """What every KV head held at one moment.
+
+    Attributes:
+        after: new tokens decided by then; 1 = the prompt has just been read.
+        positions: columns: the prompt's tokens, then the new ones.
+        held: bits as base64, a row a head (layer by layer), a column a position, each row filled up to whole bytes,
+            highest bit first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    after: int
+    positions: int
+    held: str
+
+
+class CacheMap(Event):
+    """What every head of a lane's cache held of an item, at some moments of the answer. Not told where nothing was evicted.
+
+    Attributes:
+        heads: KV heads of each layer that has a cache.
+        marked: prompt tokens that the answer needs (a needle) as [first, behind the last]; empty = not known.
+        image: places of the image tokens in the prompt.
+    """
+
+    event: Literal["cache_map"] = "cache_map"
+    lane: int
+    item: str
+    heads: list[int]
+    frames: list[CacheFrame]
+    marked: list[int] = Field(default_factory=list)
+    image: list[int] = Field(default_factory=list)
+
+
 class Picture(Event):
     """The image of an item, small enough to show, and where its image tokens lie. Told once an item.
 
@@ -283,7 +317,7 @@ class Unknown(Event):
 
 AnyEvent = Annotated[
     Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
-    | Kept | Picture | ImageTokens | ExpertLoad | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
+    | Kept | CacheMap | Picture | ImageTokens | ExpertLoad | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)

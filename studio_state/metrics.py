@@ -95,5 +95,7 @@ METRICS: dict[str, MetricInfo] = {
     "expert_load_entropy": _m("", "neither", "count", "How evenly tokens are shared among a layer's experts: entropy of their shares over its largest possible value, mean of the layers; 1 = all equal.", "mean", False),
     "experts_used": _m("experts", "neither", "count", "Experts of a layer that got any token, mean of the layers.", "mean", False),
     "expert_top_k": _m("experts", "lower", "count", "Experts that a token visits in a layer, mean of tokens and layers; a shared expert is not counted.", "mean", False),
+    "skipped_macs": _m("", "higher", "count", "Share of the multiply-adds of queries with keys, in prefill and decoding, that unchanged numbers of a key make unnecessary; counted, they are not skipped in time.", "mean", False),
+    "unread_kv_share": _m("", "higher", "count", "Share of cached positions that a decode step leaves unread, mean of steps, layers and heads; they stay cached.", "mean", False),
     "quantized_kv_share": _m("", "neither", "count", "Share of cached positions stored in the quantized format.", "median", False),
 }  # fmt: skip

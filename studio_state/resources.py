@@ -31,7 +31,7 @@ RESOURCES: dict[str, str] = {
     "attention.scores": "queries and keys of every attention call can be read",
     "attention.pattern": "which cached positions a query may look at",
     "kv.length": "which positions the key-value cache keeps",
-    "kv.dtype": "in which number format keys and values are stored",
+    "kv.dtype": "in which form keys and values are stored (number format, channels)",
     "kv.values": "the contents of cached keys and values (merging, low rank)",
     "kv.rollback": "the newest cached positions can be taken back exactly",
     "kv.uniform": "all layers and heads hold the same positions",

@@ -1,4 +1,4 @@
-"""Tiny random diffusion pipelines of the library's own classes, saved as the folders that people have."""
+"""Tiny random diffusion pipelines, the library's and the studio's over a VAE, saved as the folders that people have."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from workers.families.class_pipeline import ClassConditionalPipeline
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "boat", "house", "of", "the", "on", "in")
 
@@ -186,6 +188,27 @@ def flux() -> Any:
     )
 
 
+def own_latent() -> Any:
+    """Flow matching over latents [B, 4, 8, 8], a position a token; three classes, and the fourth row for none."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_embeds_ada_norm=3,
+    )
+    return ClassConditionalPipeline(
+        transformer=stirred(transformer),
+        vae=vae(scaling_factor=0.5, shift_factor=0.06),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        id2label={0: "boat", 1: "house", 2: "tree"},
+    )
+
+
 def stirred(model: Any) -> Any:
     """Transformers of this kind start as zero maps (their gates and last layer are zero); random weights let them do something."""
     generator = torch.Generator().manual_seed(1)
@@ -202,6 +225,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart": pixart,
     "sd3": sd3,
     "flux": flux,
+    "own-latent": own_latent,
 }
 
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
-def knob(default: Any, *, help: str, fits: str | None = None, format: str | None = None, **bounds: Any) -> Any:
+def knob(
+    default: Any, *, help: str, fits: str | None = None, format: str | None = None, group: str | None = None, **bounds: Any
+) -> Any:
     """A bounded parameter.
 
     Args:
@@ -18,9 +20,10 @@ def knob(default: Any, *, help: str, fits: str | None = None, format: str | None
         fits: what of the model bounds it: ``layers`` (an index), ``divides-widths``,
             ``divides-head``, ``context``. Checked before weights load.
         format: ``path`` = it may name a file or folder of this machine, which not every visitor may open.
+        group: heading under which the form folds it away with others; None = always in view.
         bounds: pydantic's ``ge``, ``le``, ``gt``, ``lt``, ``multiple_of``, ``max_length``.
     """
-    extra: dict[str, Any] = {name: value for name, value in (("fits", fits), ("format", format)) if value}
+    extra: dict[str, Any] = {name: value for name, value in (("fits", fits), ("format", format), ("group", group)) if value}
     field: FieldInfo = Field(default, description=help, json_schema_extra=extra or None, **bounds)
     return field
 

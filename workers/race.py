@@ -18,7 +18,16 @@ from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import so_far, summarize
 from workers.session import Cancelled, Session
-from workers.telling import Teller, batch_key, expert_load_event, first_difference, image_tokens_event, kept_event, picture_event
+from workers.telling import (
+    Teller,
+    batch_key,
+    cache_map_event,
+    expert_load_event,
+    first_difference,
+    image_tokens_event,
+    kept_event,
+    picture_event,
+)
 from workers.workloads.base import Item, Workload
 
 OUTPUTS = {
@@ -190,6 +199,8 @@ class Race:
                 yield image_tokens_event(lane.index, result.item.id, trace.seen[row])
             if row < len(trace.kept) and any(min(layer, default=1.0) < 1 for layer in trace.kept[row]):
                 yield kept_event(lane.index, result.item.id, trace.kept[row])
+            if row < len(trace.frames) and trace.frames[row]:
+                yield cache_map_event(self.session, lane.index, trace, row)
             if row < len(trace.experts):
                 yield expert_load_event(lane.index, result.item.id, trace.experts[row])
 

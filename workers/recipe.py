@@ -34,6 +34,8 @@ class Trained(BaseModel):
         library: that loads the checkpoint, as the model card names it.
         seconds: training time on this machine, by phase.
         data: what it was trained on, and its licence.
+        dtype: of the weights.
+        origin: how it came to be, in a sentence; ``work`` names what took the seconds.
     """
 
     recipe: str
@@ -52,6 +54,9 @@ class Trained(BaseModel):
     limits: str
     measured_on: str = "examples that the training never saw"
     library: str = "transformers"
+    dtype: str = "bfloat16"
+    origin: str = "Trained from nothing by Pareto Studio."
+    work: str = "Training"
 
 
 class Recipe(Declared, ABC):
@@ -122,16 +127,29 @@ def hand_over(run: TrainingRun, recipe: Recipe, model: Any, **facts: Any) -> Tra
         part.bfloat16()
     model.save_pretrained(run.out)
     names = [type(part).__name__ for part in parts]
+    return hand_over_facts(
+        run,
+        recipe,
+        architecture=f"{type(model).__name__} ({' + '.join(names)})" if is_pipeline else names[0],
+        parameters=sum(p.numel() for part in parts for p in part.parameters()),
+        library="diffusers" if is_pipeline else "transformers",
+        **facts,
+    )
+
+
+def hand_over_facts(run: TrainingRun, recipe: Recipe, **facts: Any) -> Trained:
+    """Write the facts and the model card of a checkpoint that lies in ``run.out`` already.
+
+    Args:
+        facts: the fields of :class:`Trained` that neither the run nor the recipe knows.
+    """
     trained = Trained(
         recipe=recipe.card.id,
         title=recipe.card.title,
-        architecture=f"{type(model).__name__} ({' + '.join(names)})" if is_pipeline else names[0],
-        parameters=sum(p.numel() for part in parts for p in part.parameters()),
         knobs=recipe.model_dump(),
         seed=run.seed,
         seconds={k: round(v, 1) for k, v in run.seconds.items()},
         threads=torch.get_num_threads(),
-        library="diffusers" if is_pipeline else "transformers",
         **facts,
     )
     (run.out / FACTS).write_text(trained.model_dump_json(indent=2) + "\n")
@@ -149,10 +167,10 @@ library_name: {trained.library}
 ---
 # {trained.title}
 
-`{trained.architecture}`, {trained.parameters:,} parameters, bfloat16. Trained from nothing by Pareto Studio.
+`{trained.architecture}`, {trained.parameters:,} parameters, {trained.dtype}. {trained.origin}
 
 * **Data:** {trained.data}
-* **Training:** {phases}, on {trained.threads} CPU thread{"s" if trained.threads > 1 else ""}, seed {trained.seed}.
+* **{trained.work}:** {phases}, on {trained.threads} CPU thread{"s" if trained.threads > 1 else ""}, seed {trained.seed}.
 * **Made again by:** `{command(trained)}`
 * **Limits:** {trained.limits}
 

@@ -23,6 +23,8 @@ from workers.mechanisms.vision_attention import VisionCall
 
 if TYPE_CHECKING:
     from workers.families.base import Family
+    from workers.families.batches import Batch
+    from workers.mechanisms.chunk_end import ChunkEnd
     from workers.mechanisms.denoising import Denoising
     from workers.mechanisms.visual_tokens import ImageRecord, Selector
 
@@ -41,7 +43,9 @@ class Session:
     """The model of one experiment and everything policies may hang onto it.
 
     Attributes:
+        prompt_filters: called with a batch of prompts before it is read, one after the other: the batch to read in its place.
         observers: called after every attention call, in the order they were attached.
+        after_chunk: called after every chunk of the prompt, when it has passed all layers.
         after_prefill: called once the whole prompt is cached (evictions over several layers).
         storage: called after those, so that a storage format never changes what an evictor sees.
         after_step: called after every decode step.
@@ -55,6 +59,7 @@ class Session:
         retain_queries: how many newest queries each layer remembers across prefill chunks.
         retain_on: whether it remembers them across decode steps too.
         reading: before every attention of a decode step: what it reads in the place of everything stored.
+        attending: before every attention: what comes out of it, or None = compute it as usual.
         step_share: denoising steps that run, as a share of those asked for.
         denoising: where the running diffusion pipeline stands; None outside of one.
         companions: models that run beside this one in the lane (a draft model); their weights count as the lane's.
@@ -72,7 +77,9 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     images: Any = None
+    prompt_filters: list[Callable[[Batch], Batch]] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
+    after_chunk: list[Callable[[ChunkEnd], None]] = field(default_factory=list)
     after_prefill: list[CacheHook] = field(default_factory=list)
     storage: list[CacheHook] = field(default_factory=list)
     after_step: list[CacheHook] = field(default_factory=list)
@@ -82,6 +89,7 @@ class Session:
     retain_queries: int = 0
     retain_on: bool = False
     reading: Callable[[AttentionCall], Held | None] | None = None
+    attending: Callable[[AttentionCall], Tensor | None] | None = None
     vision_observers: list[Callable[[VisionCall], None]] = field(default_factory=list)
     selectors: list[Selector] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)

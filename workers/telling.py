@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
-from studio_state.events import Event, ExpertLoad, ImageTokens, Kept, Picture, Preview, Tokens
-from workers.families.base import SeenImage, StepResult
+from studio_state.events import CacheMap, Event, ExpertLoad, ImageTokens, Kept, Picture, Preview, Tokens
+from workers.families.base import RunTrace, SeenImage, StepResult
 from workers.mechanisms.visual_tokens import ImageRecord
+from workers.session import Session
 from workers.workloads.base import Item, ItemResult
 
 FLUSH_SECONDS = 0.1  # text is told at most this often
@@ -66,6 +69,34 @@ def kept_event(lane: int, item: str, layers: list[list[float]]) -> Kept:
         share=[round(s, 4) for s in share],
         layers=["".join(str(round(9 * x)) for x in layer) for layer in layers],
     )
+
+
+def cache_map_event(session: Session, lane: int, trace: RunTrace, row: int) -> CacheMap:
+    """What every head held of one item at some moments, with what of its prompt matters."""
+    result = trace.results[row]
+    mark = getattr(getattr(session.model, "config", None), "image_token_id", None)
+    return CacheMap(
+        lane=lane,
+        item=result.item.id,
+        heads=trace.heads,
+        frames=trace.frames[row],
+        marked=marked_tokens(session, result),
+        image=[place for place, token in enumerate(result.prompt_ids) if token == mark] if mark is not None else [],
+    )
+
+
+def marked_tokens(session: Session, result: ItemResult) -> list[int]:
+    """Tokens of the prompt that hold the characters which the item names as needed: [first, behind the last], or empty."""
+    span = result.item.data.get("needle_span")
+    if not span:
+        return []
+    pieces = [session.processor.decode([t]) for t in result.prompt_ids]
+    ends = list(accumulate(map(len, pieces)))
+    start = "".join(pieces).find(result.item.prompt[span[0] : span[1]])
+    if start < 0:
+        return []
+    stop = start + span[1] - span[0]
+    return [bisect_right(ends, start), bisect_left(ends, stop) + 1]
 
 
 def picture_event(item: str, image: SeenImage) -> Picture:

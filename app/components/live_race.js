@@ -23,7 +23,7 @@
       state: (how) => { if (how !== lost) { lost = how; dirty.add('head'); draw(); } },
       seen: () => store.upto,
     });
-    const SECTIONS = ['head', 'lanes', 'streams', 'images', 'drawn', 'charts', 'kept', 'experts', 'table'];
+    const SECTIONS = ['head', 'lanes', 'streams', 'images', 'drawn', 'charts', 'kept', 'cache', 'experts', 'table'];
     const dirty = new Set(['jobs', ...SECTIONS]);
 
     function arrived(pictures) {
@@ -101,7 +101,8 @@
         const figures = wanted.map((c) => PS.chart(c, place.querySelector(`[data-chart="${c.id}"]`)));
         if (figures.some((f, i) => place.children[i] !== f) || place.children.length !== figures.length) place.replaceChildren(...figures);
       },
-      kept: () => PS.evictionMap(part('kept'), data.kept, keptLane, (lane) => { keptLane = lane; drawers.kept(); }),
+      kept: () => PS.evictionMap(part('kept'), data.kept, keptLane, (lane) => { keptLane = lane; drawers.kept(); drawers.cache(); }),
+      cache: () => PS.cacheMicroscope(part('cache'), data.cache, data.images, keptLane, (lane) => { keptLane = lane; drawers.kept(); drawers.cache(); }),
       experts: () => PS.expertLoad(part('experts'), data.experts),
       table: () => PS.raceTable(part('table'), data.table),
     };

@@ -22,6 +22,7 @@ TEMPLATE = """
   <div class="lr-gallery"></div>
   <div class="lr-charts" role="group" aria-label="Charts"></div>
   <div class="lr-kept"></div>
+  <div class="lr-cache"></div>
   <div class="lr-experts"></div>
   <div class="lr-table"></div>
   <div class="ps-hidden lr-status" role="status" aria-live="polite"></div>

@@ -7,7 +7,18 @@ from typing import NamedTuple
 
 from studio_state.metrics import METRICS
 
-SHARES = frozenset({"accuracy", "top1_agreement", "same_output", "class_agreement", "zero_weights", "quantized_kv_share"})
+SHARES = frozenset(
+    {
+        "accuracy",
+        "top1_agreement",
+        "same_output",
+        "class_agreement",
+        "zero_weights",
+        "quantized_kv_share",
+        "unread_kv_share",
+        "skipped_macs",
+    }
+)
 NO_VALUE = "–"
 WIDEST_INTERVAL = 100.0  # upper over lower end of what is shown in digits
 TITLES = {
@@ -45,6 +56,8 @@ TITLES = {
     "worker_rss_bytes": "Worker process",
     "p_value": "p-value against the reference",
     "quantized_kv_share": "KV cache in few bits",
+    "unread_kv_share": "KV cache left unread",
+    "skipped_macs": "Multiply-adds not needed",
     "kept_prompt_tokens": "Prompt tokens kept",
     "denoiser_calls": "Runs of the denoiser",
     "cache_hits": "Steps that reused work",

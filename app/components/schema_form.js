@@ -40,15 +40,24 @@
   PS.scalar = (text, type) => (type !== 'string' && text !== '' && Number.isFinite(Number(text)) ? Number(text) : text);
 
   /**
-   * Build the form.
+   * Build the form. Fields of a `group` are folded away under its name, unless one of them is set.
    * @param schema JSON Schema with `properties`
    * @param values what is set; the rest shows its default
    * @param onchange (name, value) after each valid change; value undefined = back to the default
    * @param extra (name, kind) -> node placed after a field, or null
    */
   PS.schemaForm = (schema, values, onchange, extra) => {
-    const fields = Object.entries(schema.properties || {}).map(([name, raw]) => field(name, PS.kindOf(raw, schema), values[name], onchange, extra));
-    return fields.length ? el('div', { class: 'ps-form' }, fields) : el('p', { class: 'ps-quiet' }, 'Nothing to set.');
+    const plain = [], groups = new Map();
+    for (const [name, raw] of Object.entries(schema.properties || {})) {
+      const kind = PS.kindOf(raw, schema), node = field(name, kind, values[name], onchange, extra);
+      if (!kind.group) { plain.push(node); continue; }
+      if (!groups.has(kind.group)) groups.set(kind.group, { nodes: [], open: false });
+      const group = groups.get(kind.group);
+      group.nodes.push(node);
+      group.open ||= values[name] !== undefined;
+    }
+    const folded = [...groups].map(([title, { nodes, open }]) => el('details', { class: 'ps-fold', open }, el('summary', {}, title), nodes));
+    return plain.length || folded.length ? el('div', { class: 'ps-form' }, plain, folded) : el('p', { class: 'ps-quiet' }, 'Nothing to set.');
   };
 
   function field(name, kind, given, onchange, extra) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from studio_state.errors import ModelError, WorkloadError
 from studio_state.experiment import ExperimentSpec
 from tests.tiny_diffusion import BUILDERS, build_pipeline
+from workers.data.pictures import as_png
 from workers.families.diffusion import DECODE, ENCODE, STEP, preview, wanted
 from workers.host import ModelHost
 from workers.models.info import model_info
@@ -25,7 +27,9 @@ TRAITS = {
     "pixart": {"dit", "latent", "text-conditional", "guided"},
     "sd3": {"dit", "flow", "latent", "text-conditional", "guided", "joint-attention"},
     "flux": {"dit", "flow", "latent", "text-conditional", "joint-attention"},
+    "own-latent": {"dit", "flow", "latent", "class-conditional", "guided"},
 }
+BY_CLASS = ("dit", "own-latent")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_the_pictures_are_the_librarys_own(kind: str, folders: Path) -> None:
     kinds = [(step.kind, step.place) for step in session.family.run(session, trace)]
     assert kinds == [(ENCODE, (0, 0)), *[(STEP, (n + 1, STEPS)) for n in range(STEPS)], (DECODE, (0, 0))]
     pipeline: Any = session.model.pipeline
-    call: dict[str, Any] = {"class_labels": [1, 1]} if kind == "dit" else {"prompt": ["a red boat"] * 2}
+    call: dict[str, Any] = {"class_labels": [1, 1]} if kind in BY_CLASS else {"prompt": ["a red boat"] * 2}
     if kind == "pixart":
         call["use_resolution_binning"] = False
     if kind == "flux":
@@ -130,6 +134,40 @@ def test_pictures_on_the_way() -> None:
     assert preview(pixels, (torch.zeros(6, 16, 8),), 6) == []  # packed latents are no picture
 
 
+def test_pictures_on_the_way_are_decoded_by_a_vae_of_the_studios(folders: Path) -> None:
+    session = opened(build_pipeline("own-latent", folders))
+    trace = session.family.begin(session, asked(session, [5, 6]))
+    shown = {step.place: step.pictures for step in session.family.run(session, trace) if step.pictures}
+    assert list(shown) == [(1, STEPS), (2, STEPS)]
+    model, kept = session.model, []  # type: ignore[var-annotated]
+    generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
+    model.pipeline(
+        [1, 1], 3.0, STEPS, generators, callback_on_step_end=lambda p, i, t, given: kept.append(given["latents"]) or {}
+    )
+    for latents, pictures in zip(kept, shown.values(), strict=False):
+        with torch.no_grad():
+            decoded = model.vae.decode(latents / 0.5 + 0.06).sample
+        assert pictures == [as_png((x / 2 + 0.5).permute(1, 2, 0).numpy()) for x in decoded]
+
+
+def test_pictures_on_the_way_are_decoded_outside_the_time_of_a_step(folders: Path) -> None:
+    """A clock that ticks with every reading, and a decoder that reads it: no step is longer for its picture."""
+    session = opened(build_pipeline("own-latent", folders))
+    ticks = itertools.count()
+    session.clock = lambda: float(next(ticks))  # type: ignore[method-assign]
+
+    def read(*_: Any) -> None:
+        session.clock()
+
+    handle = session.model.vae.decoder.register_forward_hook(read)
+    try:
+        trace = session.family.begin(session, asked(session, [5]))
+        steps = [(step.kind, step.seconds, len(step.pictures)) for step in session.family.run(session, trace)]
+    finally:
+        handle.remove()
+    assert steps == [(ENCODE, 1.0, 0), (STEP, 1.0, 1), (STEP, 1.0, 1), (STEP, 1.0, 0), (DECODE, 2.0, 0)]
+
+
 def test_a_batch_shares_its_steps(folders: Path) -> None:
     session = opened(build_pipeline("dit", folders))
     items = asked(session, [1]) + asked(session, [2], steps=5)
@@ -141,12 +179,13 @@ def test_incomplete_and_foreign_folders_are_refused(folders: Path, tmp_path: Pat
     import json
     import shutil
 
+    for kind in BY_CLASS:
+        without = tmp_path / kind
+        shutil.copytree(build_pipeline(kind, folders), without)
+        shutil.rmtree(without / "vae")
+        with pytest.raises(ModelError, match=r"lacks the folder 'vae', which its model_index\.json names; copy or download"):
+            resolve(str(without))
     whole = build_pipeline("dit", folders)
-    without = tmp_path / "without"
-    shutil.copytree(whole, without)
-    shutil.rmtree(without / "vae")
-    with pytest.raises(ModelError, match="lacks the folder 'vae'"):
-        resolve(str(without))
     index = json.loads((whole / "model_index.json").read_text())
     cases = {
         "has no scheduler": {k: v for k, v in index.items() if k != "scheduler"},

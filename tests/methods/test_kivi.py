@@ -10,10 +10,10 @@ from torch import Tensor
 from tests.methods.driving import generate, make_session, prefill, prompt
 from workers.families.llm import State
 from workers.mechanisms.kv_store import FloatStore
-from workers.mechanisms.quantized_cache import QuantizedStore, pack_bits, quantize, unpack_bits
+from workers.mechanisms.quantized_cache import QuantizedStore, pack_bits, quantize, quantized_share, unpack_bits
 from workers.methods import Policy
 from workers.policies.kv.h2o import H2O
-from workers.policies.kv.kivi import Kivi, quantized_share
+from workers.policies.kv.kivi import Kivi
 from workers.policies.kv.knorm import KNorm
 from workers.policies.kv.snapkv import SnapKV
 from workers.policies.kv.streamingllm import StreamingLLM

@@ -5,12 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests import tiny
-from tests.methods.driving import forced, generate, library_model, load, make_session, prefill, prompt, tokens
+from studio_state.errors import Unavailable
+from tests import tiny, tiny_vision
+from tests.methods.driving import (
+    forced,
+    generate,
+    image_item,
+    library_model,
+    load,
+    make_session,
+    prefill,
+    prompt,
+    run_items,
+    seeing_session,
+    tokens,
+)
 from workers.mechanisms.ranking import best_of_real
+from workers.mechanisms.selection_stages import evenly, held_share
 from workers.policies.tokens.promptdistill import PromptDistill
 from workers.session import Session
 
@@ -174,3 +189,119 @@ def test_other_blocks_narrow_as_well() -> None:
             state = prefill(session, prompt(40))
             generate(session, [prompt(40)], new=3)
         assert [layer.stored for layer in state.cache.layers] == [40, 11]
+
+
+def test_models_of_an_older_form_are_refused() -> None:
+    session = make_session(tiny.gpt2_folder())
+    with pytest.raises(Unavailable, match="all tokens go through all layers"):
+        PromptDistill().attach(session)
+    assert not session.observers
+
+
+# -- several stages --------------------------------------------------------------------------
+
+
+def rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * rope[0][:, None] + torch.cat((-x[..., half:], x[..., :half]), -1) * rope[1][:, None]
+
+
+def test_stages_equal_an_own_loop_that_gathers_again_and_again() -> None:
+    """By hand: after layers 0, 1 and 2 some of what is left goes on; 20 of 40, 10 of 20, 4 of 10 tokens and the last."""
+    session, ids = deep_session(), prompt(40)
+    with PromptDistill(stages=3, depths="0.25, 0.5, 0.75", keeps="0.5, 0.25, 0.1").attach(session):
+        state = prefill(session, ids)
+
+    library = library_model(tiny.llama_folder(**FOUR), "sdpa")
+    model, cache, left = library.model, DynamicCache(), torch.arange(40)
+    with torch.inference_mode():
+        x = model.embed_tokens(torch.tensor([ids]))
+        rope = model.rotary_emb(x, left[None])
+        for number, (block, count) in enumerate(zip(model.layers, (20, 10, 4, None), strict=True)):
+            assert state.cache.layers[number].held().places()[0, 0].tolist() == left.tolist()
+            normed = block.input_layernorm(x)
+            x = block(x, attention_mask=None, position_embeddings=rope, past_key_values=cache)
+            if count is None:
+                break
+            q, k = (
+                rotated(p(normed).view(1, len(left), -1, 16).transpose(1, 2), rope)
+                for p in (block.self_attn.q_proj, block.self_attn.k_proj)
+            )
+            scores = (q[0, :, -1:] @ k[0].repeat_interleave(2, 0).transpose(1, 2))[:, 0].sum(0)
+            scores[-1] = 0
+            smooth = np.convolve(scores.numpy(), np.ones(5), "same")[:-1]
+            chosen = torch.tensor(sorted([*np.argsort(-smooth)[:count].tolist(), len(left) - 1]))
+            x, rope, left = x[:, chosen], tuple(r[:, chosen] for r in rope), left[chosen]
+        logits = library.lm_head(model.norm(x))[:, -1]
+    torch.testing.assert_close(state.logits, logits, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(state.cache.layers, cache.layers, strict=True):
+        torch.testing.assert_close(ours.group.store.read()[0], theirs.keys, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cutting", "lengths"), [(1, [21, 21, 11, 5]), (2, [11, 11, 11, 5]), (0, [5, 5, 5, 5])])
+def test_the_first_stages_truncate_what_lies_before_them(cutting: int, lengths: list[int]) -> None:
+    session, knobs = deep_session(), {"stages": 3, "depths": "0.25, 0.5, 0.75", "keeps": "0.5, 0.25, 0.1"}
+    with PromptDistill(**knobs).attach(session):
+        whole = prefill(session, prompt(40))
+    policy = PromptDistill(**knobs, truncate=True, truncate_stages=cutting)
+    with policy.attach(session):
+        state = prefill(session, prompt(40))
+    assert [layer.stored for layer in whole.cache.layers] == [40, 21, 11, 5]
+    assert [layer.stored for layer in state.cache.layers] == lengths
+    places = [layer.held().places()[0, 0].tolist() for layer in whole.cache.layers]
+    for layer, before in zip(state.cache.layers, whole.cache.layers, strict=True):
+        (kept,) = (p for p in places if len(p) == layer.stored)  # a later stage chose among what this one had left
+        assert layer.held().places()[0, 0].tolist() == kept
+        held = before.held().places()[0, 0].tolist()
+        assert torch.equal(layer.held().keys, before.held().keys[:, :, [held.index(p) for p in kept]])
+    assert policy.kv_factor() == pytest.approx(sum(x / 40 for x in lengths) / 4, abs=0.03)
+
+
+def test_stages_of_padded_rows_equal_single_runs() -> None:
+    """Lengths at which a rounded share of the whole would ask for more tokens than there is padding for."""
+    session, rows = deep_session(), [prompt(n, seed=n) for n in (40, 39, 38, 22)]
+    with PromptDistill(stages=3, depth=0.25, keep=0.13).attach(session):
+        together = generate(session, rows, new=5)
+        alone = [generate(session, [row], new=5) for row in rows]
+    assert tokens(together) == [tokens(x)[0] for x in alone]
+    assert together.kept == [x.kept[0] for x in alone]
+
+
+def test_the_arithmetic_of_stages_by_hand() -> None:
+    assert evenly(1, 0.25, 0.43) == ([0.43], [0.25])
+    depths, shares = evenly(2, 0.25, 0.4)
+    assert (depths, shares) == (pytest.approx([0.4, 0.7]), pytest.approx([0.5, 0.25]))
+    assert held_share(depths, shares, cut=0) == pytest.approx(0.4 + 0.3 * 0.5 + 0.3 * 0.25)
+    assert held_share(depths, shares, cut=1) == pytest.approx(0.7 * 0.5 + 0.3 * 0.25)
+    assert PromptDistill(stages=3).selecting_layers(2) == {0: pytest.approx(0.25)}  # no room for more than one
+    saved = PromptDistill.model_validate({"keep": 0.25, "depth": 0.43, "kernel": 5, "truncate": True})
+    assert saved.selecting_layers(30) == {12: 0.25}
+    assert saved.kv_factor() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"stages": 2, "depths": "0.5"},
+        {"depths": "0.5, 0.6"},
+        {"stages": 2, "depths": "0.6, 0.5"},
+        {"stages": 2, "depths": "0.5, 1.5"},
+        {"stages": 2, "keeps": "0.2, 0.5"},
+        {"stages": 2, "keeps": "0.5, 0"},
+        {"stages": 2, "keeps": "0.5, nan"},
+        {"stages": 2, "keeps": "half, third"},
+    ],
+)
+def test_lists_that_do_not_fit_the_stages_are_refused(knobs: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="one a stage, with commas between"):
+        PromptDistill(**knobs)
+
+
+def test_image_tokens_remember_how_deep_they_went() -> None:
+    session = seeing_session(tiny_vision.llava_folder(4))
+    with PromptDistill(stages=2, depths="0.25, 0.75", keeps="0.5, 0.2").attach(session):
+        trace = run_items(session, [image_item()], 1)
+    (record,), layers = trace.seen, np.array(trace.kept[0])  # [layers, tokens]
+    places = (torch.tensor(trace.results[0].prompt_ids) == session.model.config.image_token_id).nonzero()[:, 0]
+    assert record.share == layers[:, places].mean(0).tolist()
+    assert set(record.share) == {0.25, 0.75, 1.0}

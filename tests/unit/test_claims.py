@@ -146,7 +146,7 @@ def test_files_that_are_no_claims_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match=r"name the file y\.json"):
         load_claims(tmp_path)
-    with pytest.raises(SpecError, match="there is no claim 'nothing'; allowed: h2o"):
+    with pytest.raises(SpecError, match="there is no claim 'nothing'; allowed: deltallm"):
         find_claim("nothing")
 
 

@@ -101,7 +101,8 @@ def test_diff_pairs_only_what_was_the_same(record: Record) -> None:
     spec, place, results = (s["rows"] for s in shown["sections"])
     rows = {r["metric"]: r for r in results}
     assert shown["notes"] == []
-    assert {r["name"] for r in spec if r["differs"]} == {"pipeline", "snapkv.keep", "snapkv.window", "snapkv.kernel"}
+    knobs = {f"snapkv.{name}" for name in CATALOG.by_id["snapkv"].knobs["properties"]}
+    assert {r["name"] for r in spec if r["differs"]} == {"pipeline", *knobs}
     assert not [r for r in place if r["differs"]]
     assert rows["accuracy"]["test"].startswith("only A right: 6, only B right: 0 of 8; McNemar p = 0.0312")  # 2 / 2**6
     assert rows["nll"]["test"].startswith("B − A: 0.500 (0.500 to 0.500, paired bootstrap, n = 8)")

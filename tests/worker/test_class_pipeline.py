@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from diffusers import (
     UNet2DModel,
 )
 
-from studio_state.errors import StudioError
+from studio_state.errors import ModelError, StudioError
 from workers.families.class_pipeline import ClassConditionalPipeline
+from workers.models.fingerprint import fingerprint
+from workers.models.info import model_info
+from workers.models.load import load_model
+from workers.models.resolve import resolve
 
 NAMES = {0: "shoe", 1: "bag", 2: "shirt"}
 STEPS = 4
-KINDS = ("unet", "dit")
+KINDS = ("unet", "dit", "latent")
+PARTS = {"unet": ["unet"], "dit": ["transformer"], "latent": ["transformer", "vae"]}
 
 
 def unet(**more: Any) -> Any:
@@ -44,12 +50,20 @@ def dit(**more: Any) -> Any:
     return net.eval()
 
 
+def vae(**more: Any) -> Any:
+    torch.manual_seed(2)
+    shape = {"latent_channels": 2, "block_out_channels": (4,), "norm_num_groups": 2}
+    return AutoencoderKL(1, 1, **{**shape, "scaling_factor": 0.5, "shift_factor": 0.06, **more}).eval()
+
+
 def ddim() -> Any:
     return DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")
 
 
 def pipe(kind: str, scheduler: Any = None, **more: Any) -> Any:
     parts = {"unet": unet(), "scheduler": ddim()} if kind == "unet" else {"transformer": dit(), "scheduler": flow()}
+    if kind == "latent":
+        parts |= {"transformer": dit(in_channels=2, out_channels=2, patch_size=1), "vae": vae()}
     out = ClassConditionalPipeline(**{**parts, "id2label": NAMES, **({"scheduler": scheduler} if scheduler else {}), **more})
     out.set_progress_bar_config(disable=True)
     return out
@@ -105,7 +119,7 @@ def euler_by_hand(net: Any, x: torch.Tensor, labels: list[int], guidance: float)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("net", KINDS)
+@pytest.mark.parametrize("net", ["unet", "dit"])
 @pytest.mark.parametrize("by", ["ddim", "flow"])
 def test_pictures_equal_a_loop_written_by_hand(net: str, by: str, guidance: float) -> None:
     pipeline = pipe(net, ddim() if by == "ddim" else flow())
@@ -127,7 +141,8 @@ def test_a_picture_does_not_depend_on_its_batch(net: str) -> None:
     together = pipeline([0, 1, 2], 2.0, STEPS, generator=seeds(1, 2, 3)).images
     apart = [pipeline([c], 2.0, STEPS, generator=seeds(s)).images for c, s in ((0, 1), (1, 2), (2, 3))]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=0)
-    torch.testing.assert_close(together, pipeline([0, 1, 2], 2.0, STEPS, latents=start(1, 2, 3)).images, atol=0, rtol=0)
+    given = start(1, 2, 3, channels=pipeline.denoiser.config.in_channels)
+    torch.testing.assert_close(together, pipeline([0, 1, 2], 2.0, STEPS, latents=given).images, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("net", KINDS)
@@ -151,17 +166,38 @@ def test_a_learned_variance_is_left_out() -> None:
     torch.testing.assert_close(images, wanted, atol=2e-5, rtol=0)
 
 
-def test_latents_are_decoded_at_the_scale_of_the_vae() -> None:
-    torch.manual_seed(2)
-    vae = AutoencoderKL(1, 1, latent_channels=2, block_out_channels=(4,), norm_num_groups=2, scaling_factor=0.5).eval()
-    net = dit(in_channels=2, out_channels=2)
-    kept: list[torch.Tensor] = []
-    pipeline = pipe("dit", transformer=net, vae=vae)
-    images = pipeline([1], 1.0, STEPS, seeds(1), callback_on_step_end=lambda p, i, t, k: kept.append(k["latents"]) or {}).images
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_latents_are_drawn_and_decoded_as_by_hand_to_the_last_bit(guidance: float) -> None:
+    pipeline = pipe("latent")
+    images = pipeline([2, 0, 1], guidance, STEPS, seeds(5, 6, 7)).images
+    net, x = pipeline.transformer, start(5, 6, 7, channels=2)
+    levels = [*torch.tensor([1000.0, 667.0, 334.0, 1.0]) / 1000, torch.tensor(0.0)]
     with torch.no_grad():
-        wanted = (vae.decode(2 * kept[-1]).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(images, wanted)
-    assert images.shape == (1, 1, 8, 8)
+        for s, after in pairwise(levels):
+            if guidance == 1:
+                flow = net(x, timestep=(1000 * s).expand(3), class_labels=torch.tensor([2, 0, 1])).sample
+            else:
+                labels = torch.tensor([3, 3, 3, 2, 0, 1])
+                both = net(torch.cat([x, x]), timestep=(1000 * s).expand(6), class_labels=labels).sample
+                flow = both[:3] + guidance * (both[3:] - both[:3])
+            x = x + (after - s) * flow
+        wanted = (pipeline.vae.decode(x / 0.5 + 0.06).sample / 2 + 0.5).clamp(0, 1)
+        assert torch.equal(pipeline.pictures(x), wanted)
+    assert torch.equal(images, wanted)
+    assert images.shape == (3, 1, 8, 8)
+    assert images.std() > 0.05
+
+
+def test_pictures_of_a_vae_may_be_larger_and_in_colour_and_it_may_be_in_another_format() -> None:
+    levels = {"block_out_channels": (4, 4), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    large = AutoencoderKL(3, 3, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=2, norm_num_groups=2, **levels)
+    pipeline = pipe("latent", vae=large.eval())
+    images = pipeline([0, 1], 2.0, 2, seeds(1, 2)).images
+    assert images.shape == (2, 3, 16, 16)
+    large.bfloat16()
+    rounded = pipeline([0, 1], 2.0, 2, seeds(1, 2)).images
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), images, atol=0.05, rtol=0)
 
 
 def test_schedulers_that_scale_and_that_draw_noise() -> None:
@@ -221,18 +257,50 @@ def test_the_folder_loads_again_and_draws_the_same(net: str, tmp_path: Path) -> 
     pipeline = pipe(net)
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    part = "unet" if net == "unet" else "transformer"
+    parts = PARTS[net]
     assert index["_class_name"] == "ClassConditionalPipeline"
-    assert (index[part][0], index["scheduler"][0]) == ("diffusers", "diffusers")
+    assert {index[part][0] for part in [*parts, "scheduler"]} == {"diffusers"}
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    weights = {f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors"}
+    weights = {f"{part}/{name}" for part in parts for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     assert files == {"model_index.json", "scheduler/scheduler_config.json", *weights}
     again = ClassConditionalPipeline.from_pretrained(tmp_path, local_files_only=True)
     again.set_progress_bar_config(disable=True)
     assert again.config.id2label == NAMES
     assert again.components.keys() == {"unet", "transformer", "vae", "scheduler"}
+    assert [p for p, found in again.components.items() if found is not None and p != "scheduler"] == parts
     drawn = [p([0, 2], 2.0, STEPS, generator=seeds(3, 4)).images for p in (pipeline, again)]
     assert torch.equal(*drawn)
+
+
+def test_both_parts_of_a_latent_pipeline_tell_it_from_others(tmp_path: Path) -> None:
+    """Fingerprint and bytes of a folder whose two files of weights have the same name."""
+    pipeline = pipe("latent")
+    pipeline.save_pretrained(tmp_path)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert [f.name for f in files] == ["diffusion_pytorch_model.safetensors"] * 2
+    first = model_info(resolve(str(tmp_path)))
+    assert fingerprint(files) == fingerprint(files[::-1]) == first.fingerprint
+    weights = [p.numel() for part in (pipeline.transformer, pipeline.vae) for p in part.parameters()]
+    assert first.parameters == sum(weights)
+    for part in (pipeline.transformer, pipeline.vae):
+        with torch.no_grad():
+            next(part.parameters())[:] += 1
+        pipeline.save_pretrained(tmp_path)
+        changed = model_info(resolve(str(tmp_path)))
+        assert changed.fingerprint != first.fingerprint
+        assert changed.stored_bytes == first.stored_bytes
+        first = changed
+
+
+def test_a_folder_whose_vae_does_not_fit_is_refused_when_it_loads(tmp_path: Path) -> None:
+    pipe("latent").save_pretrained(tmp_path)
+    vae(latent_channels=3).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ModelError) as caught:
+        load_model(resolve(str(tmp_path)), torch.float32)
+    assert str(caught.value) == (
+        f"{tmp_path} cannot be loaded: this denoiser has in_channels = 2 and this vae latent_channels = 3; "
+        "give two that were trained together"
+    )
 
 
 # -- what is refused
@@ -250,6 +318,10 @@ def test_what_is_refused() -> None:
     assert refusal(lambda: ClassConditionalPipeline(ddim())) == only.format("neither")
     assert refusal(lambda: ClassConditionalPipeline(ddim(), unet(), dit())) == only.format("both")
     assert "no embedding of classes" in refusal(lambda: ClassConditionalPipeline(ddim(), unet(num_class_embeds=None)))
+    fits = "this denoiser has in_channels = 1 and this vae latent_channels = 2; give two that were trained together"
+    assert refusal(lambda: pipe("unet", vae=vae())) == fits
+    other = "the vae of a class-conditional pipeline is an AutoencoderKL; UNet2DModel given"
+    assert refusal(lambda: pipe("unet", vae=unet())) == other
     assert refusal(lambda: pipeline([0, 3])) == "class 3 is not one of this model's; allowed: 0 to 2"
     assert refusal(lambda: pipe("dit")([-1])) == "class -1 is not one of this model's; allowed: 0 to 2"
     assert refusal(lambda: pipeline([])) == "no class labels given; give one a picture"

@@ -53,7 +53,10 @@ def outputs(events: list[Event]) -> list[Output]:
     return [e for e in events if isinstance(e, Output)]
 
 
-@pytest.mark.parametrize(("kind", "prompts"), [("dit", "1\n7"), ("stable-diffusion", "a red boat"), ("flux", "a blue house")])
+@pytest.mark.parametrize(
+    ("kind", "prompts"),
+    [("dit", "1\n7"), ("own-latent", "house\n2"), ("stable-diffusion", "a red boat"), ("flux", "a blue house")],
+)
 def test_every_kind_of_pipeline_races(kind: str, prompts: str, folders: Path) -> None:
     size = 16 if kind == "flux" else 0  # its own is 256 whatever its parts are
     events, results = race(build_pipeline(kind, folders), {**FAST, "prompts": prompts, "size": size})

@@ -32,6 +32,8 @@ class Bench(StrEnum):
     KERNELS = "kernels"
     SAME_LANE = "same-lane"
     FIRST_BLOCK_CACHE = "first-block-cache"
+    KV_POLICIES = "kv-policies"
+    KV_QUALITY = "kv-quality"
 
 
 DRAWING = {Bench.FIRST_BLOCK_CACHE}

@@ -55,21 +55,49 @@ def race(plan: Plan, lanes: Sequence[str], dtype: str = "float32", host: ModelHo
         threads=plan.threads,
         repeats=plan.pairs,
     )
-    speeds: list[list[float]] = [[] for _ in pipelines]
-    ratios: dict[int, Interval] = {}
-    same: dict[int, float] = {}
+    told = measure(spec, (SPEED, "same_output"), host)
+    return [
+        LaneResult(p.text(), lane.items[SPEED], lane.ratios.get(SPEED), lane.means.get("same_output"))
+        for p, lane in zip(pipelines, told, strict=True)
+    ]
+
+
+@dataclass
+class LaneMetrics:
+    """What a lane of an experiment measured, by metric.
+
+    Attributes:
+        items: values of the single items.
+        means: the lane's value.
+        ratios: to the baseline.
+    """
+
+    items: dict[str, list[float]]
+    means: dict[str, float]
+    ratios: dict[str, Interval]
+
+
+def measure(spec: ExperimentSpec, names: Sequence[str], host: ModelHost | None = None) -> list[LaneMetrics]:
+    """Run an experiment through the engine and collect some metrics of every lane.
+
+    Raises:
+        StudioError: the experiment or one of its lanes failed; the message is the engine's.
+    """
+    lanes = [LaneMetrics({name: [] for name in names}, {}, {}) for _ in spec.lanes]
     for event in run(spec, host):
         if isinstance(event, Failed):
             raise StudioError(event.message)
         if isinstance(event, LaneFinished) and event.status != "finished":
-            raise StudioError(f"{pipelines[event.lane].text()}: {event.message}")
-        if isinstance(event, Metric) and event.name == SPEED and event.item is not None and event.value is not None:
-            speeds[event.lane].append(event.value)
-        if isinstance(event, Metric) and event.name == "same_output" and event.item is None and event.value is not None:
-            same[event.lane] = event.value
-        if isinstance(event, Ratio) and event.name == SPEED:
-            ratios[event.lane] = Interval(event.value, event.low, event.high, event.n)
-    return [LaneResult(p.text(), speeds[i], ratios.get(i), same.get(i)) for i, p in enumerate(pipelines)]
+            raise StudioError(f"{spec.lanes[event.lane].text()}: {event.message}")
+        if isinstance(event, Metric) and event.name in names and event.value is not None:
+            lane = lanes[event.lane]
+            if event.item is None:
+                lane.means[event.name] = event.value
+            else:
+                lane.items[event.name].append(event.value)
+        if isinstance(event, Ratio) and event.name in names:
+            lanes[event.lane].ratios[event.name] = Interval(event.value, event.low, event.high, event.n)
+    return lanes
 
 
 def against_baseline(bench: str, plan: Plan, pipeline: str, dtype: str = "float32") -> None:

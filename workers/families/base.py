@@ -12,6 +12,7 @@ from workers.session import Session
 from workers.workloads.base import Item, ItemResult
 
 if TYPE_CHECKING:
+    from studio_state.events import CacheFrame
     from workers.families.image_layout import ImageLayout
     from workers.mechanisms.visual_tokens import ImageRecord
 
@@ -68,6 +69,7 @@ class RunTrace:
         images: per row its image as the model takes it (None: there is none).
         seen: per row what became of its image tokens.
         kept: per row and layer the share of KV heads that kept each prompt token, [layers][tokens].
+        frames: per row what every head of its cache held at some moments; heads: KV heads of each layer.
         experts: per row and layer each expert's share of the visits, [layers][experts]; empty for models without experts.
     """
 
@@ -81,6 +83,8 @@ class RunTrace:
     images: list[SeenImage | None] = field(default_factory=list)
     seen: list[ImageRecord] = field(default_factory=list)
     kept: list[list[list[float]]] = field(default_factory=list)
+    frames: list[list[CacheFrame]] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
     experts: list[list[list[float]]] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     pieces: list[list[str]] = field(default_factory=list)

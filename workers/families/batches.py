@@ -26,7 +26,7 @@ class Batch:
         image_tokens: [B, L] which positions come from an image.
         rotary: [3, B, L] positions for rotary embeddings of models that count images in three directions.
         rotary_shift: [B, 1] what to add to a later token's position to get its rotary one.
-        origin: per row the place of each token in the prompt that was given, where image tokens were dropped.
+        origin: per row the place of each token in the prompt that was given, where some were dropped.
     """
 
     ids: Tensor
@@ -43,6 +43,32 @@ class Batch:
     def padded(self) -> bool:
         """True if the rows differ in length."""
         return min(self.lengths) != max(self.lengths)
+
+    def only(self, index: Tensor) -> Batch:
+        """The batch with these tokens alone, as if they were the prompt: positions are counted anew.
+
+        Rotary positions in three directions stay what they were, as where image tokens are dropped.
+
+        Args:
+            index: [B, n] columns, ascending, padding first.
+        """
+        length, positions = self.ids.shape[1], self.positions.gather(1, index)
+        real = positions != PADDING
+        lengths = real.sum(1).tolist()
+        before = self.origin or [list(range(n)) for n in self.lengths]
+        columns = [row[there].tolist() for row, there in zip(index, real, strict=True)]
+        gone = torch.tensor([[n - m] for n, m in zip(self.lengths, lengths, strict=True)], device=index.device)
+        return Batch(
+            self.ids.gather(1, index),
+            torch.where(real, real.cumsum(1) - 1, PADDING),
+            lengths,
+            self.images,
+            None if self.embeds is None else self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1])),
+            None if self.image_tokens is None else self.image_tokens.gather(1, index),
+            None if self.rotary is None else self.rotary.gather(2, index.expand(3, -1, -1)),
+            None if self.rotary_shift is None else self.rotary_shift + gone,
+            [[row[c - length + n] for c in here] for row, here, n in zip(before, columns, self.lengths, strict=True)],
+        )
 
 
 def make_batch(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:

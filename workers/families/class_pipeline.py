@@ -2,7 +2,8 @@
 
 The library has a pipeline of this kind for one model only (``DiTPipeline``: transformer and VAE, 1,000 classes).
 
-Shapes: B pictures, C channels, H x W of the denoiser's sample; under guidance the denoiser gets [2B, C, H, W].
+Shapes: B pictures, C channels, H x W of the denoiser's sample; under guidance the denoiser gets [2B, C, H, W]. With a VAE
+that sample is of latents, and pictures have the channels and the size that the VAE gives them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class ClassConditionalPipeline(Base):  # type: ignore[misc]
         scheduler: steps from noise to picture.
         unet: denoiser with an embedding of classes, whose last row stands for no class.
         transformer: denoiser in the place of ``unet``; its row ``num_embeds_ada_norm`` stands for no class.
-        vae: decodes latents; without one the denoiser works on pixels from -1 to 1.
+        vae: decodes what the denoiser draws, divided by the VAE's ``scaling_factor`` and moved by its ``shift_factor``
+            (Rombach et al. 2022, arXiv:2112.10752, appendix G); without one the denoiser works on pixels from -1 to 1.
         id2label: class -> name; kept in ``model_index.json``.
 
     Raises:
-        StudioError: both or none of the two denoisers, or a UNet without an embedding of classes.
+        StudioError: both or none of the two denoisers, a UNet without an embedding of classes, or a VAE of another kind
+            or of other latents than the denoiser's.
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
@@ -55,6 +58,7 @@ class ClassConditionalPipeline(Base):  # type: ignore[misc]
         self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         if unet is not None and self.unet.config.num_class_embeds is None:
             raise StudioError("this unet has no embedding of classes; give one whose num_class_embeds is the classes + 1")
+        self._check_vae()
         self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -112,7 +116,7 @@ class ClassConditionalPipeline(Base):  # type: ignore[misc]
             num_inference_steps: denoising steps.
             generator: of the noise; a list has one a picture, so that a picture does not depend on its batch.
             latents: [B, C, H, W] noise to start from, in the place of the generator's.
-            output_type: ``pt`` [B, C, H, W], ``np`` [B, H, W, C], both from 0 to 1, or ``pil``.
+            output_type: ``pt`` [B, channels, height, width], ``np`` [B, height, width, channels], both from 0 to 1, or ``pil``.
             callback_on_step_end: (pipeline, step, timestep, tensors by name) -> tensors to go on with, by name.
             callback_on_step_end_tensor_inputs: which tensors the callback is given: ``latents``.
 
@@ -177,12 +181,31 @@ class ClassConditionalPipeline(Base):  # type: ignore[misc]
         scale: float = getattr(self.scheduler, "init_noise_sigma", 1.0)
         return latents.to(device, dtype) * scale
 
-    def _images(self, latents: Tensor, output_type: str) -> Any:
-        """The finished latents as pictures."""
+    def _check_vae(self) -> None:
+        """Refuse a VAE whose latents are not what the denoiser draws."""
+        vae: Any = self.vae
+        if vae is None:
+            return
+        if not isinstance(vae, AutoencoderKL):
+            raise StudioError(f"the vae of a class-conditional pipeline is an AutoencoderKL; {type(vae).__name__} given")
+        drawn, decoded = self.denoiser.config.in_channels, self.vae.config.latent_channels
+        if drawn != decoded:
+            raise StudioError(
+                f"this denoiser has in_channels = {drawn} and this vae latent_channels = {decoded}; give two that were trained together"
+            )
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """What latents [B, C, H, W] look like, finished or on the way: pictures from 0 to 1 [B, channels, height, width]."""
         if self.vae is not None:
             config = self.vae.config
-            latents = self.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0), return_dict=False)[0]
-        images = (latents / 2 + 0.5).clamp(0, 1)
+            scaled = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+            latents = self.vae.decode(scaled, return_dict=False)[0]
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        """The finished latents as pictures of this type."""
+        images = self.pictures(latents)
         if output_type == "pt":
             return images
         numbers = images.cpu().permute(0, 2, 3, 1).float().numpy()

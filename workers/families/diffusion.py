@@ -230,19 +230,24 @@ def wanted(step: int, of: int) -> bool:
 def preview(model: Any, out: Any, rows: int) -> list[str]:
     """What the first pictures look like on the way, as base64 PNGs; nothing for latents that are no images.
 
-    Latents are not decoded (that would cost as much as a step): their first channels stand for it.
+    The studio's own pipeline decodes them, as its VAEs are small. Of the library's pipelines that would cost as much as
+    a step: the first channels of their latents stand for it.
     """
     sample = getattr(out, "pred_original_sample", None)
     sample = out.prev_sample if sample is None and hasattr(out, "prev_sample") else sample
     sample = out[0] if sample is None else sample
     if not isinstance(sample, Tensor) or sample.ndim != 4:
         return []
-    few = sample[: min(rows, MOST_PREVIEWED)].float().cpu()
-    if getattr(model.pipeline, "vae", None) is not None:
-        few = few[:, :3] if few.shape[1] >= 3 else few[:, :1]
-        spread = few.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
-        few = few / spread
-    return [as_png(image.permute(1, 2, 0).squeeze(-1).numpy()) for image in (few / 2 + 0.5).clamp(0, 1)]
+    few, decode = sample[: min(rows, MOST_PREVIEWED)], getattr(model.pipeline, "pictures", None)
+    if decode is not None:
+        shown: Tensor = decode(few)
+    else:
+        few = few.float()
+        if getattr(model.pipeline, "vae", None) is not None:
+            few = few[:, :3] if few.shape[1] >= 3 else few[:, :1]
+            few = few / few.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-6)
+        shown = (few / 2 + 0.5).clamp(0, 1)
+    return [as_png(image.permute(1, 2, 0).squeeze(-1).numpy()) for image in shown.float().cpu()]
 
 
 def as_pictures(images: Any) -> list[Tensor]:

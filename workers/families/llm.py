@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from studio_state.errors import WorkloadError
 from workers.families.base import RunTrace, StepResult
 from workers.families.batches import Batch, State, at_origin, make_batch
+from workers.families.cache_frames import frames_of, heads_of, is_moment, is_whole
 from workers.families.comparing import distance, kept_shares
 from workers.families.parts import language_parts
 from workers.families.text import Streamer, encode_item
 from workers.mechanisms.attention import Forward, forwarding
+from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.chunk_end import ending_chunk
 from workers.mechanisms.expert_load import counting_experts
 from workers.mechanisms.sampling import Sampler
 from workers.mechanisms.state_layer import advance, cache_for, state_arguments
@@ -66,7 +69,22 @@ class LanguageFamily:
     def prefill(self, session: Session, batch: Batch) -> State:
         """Pass the prompt through the model, in chunks where asked, and let the policies act at its end."""
         batch = self.embedded(session, batch)
+        for shorten in session.prompt_filters:
+            batch = shorten(batch)
         cache = cache_for(session)
+        logits, forward = self.read(session, batch, cache)
+        for hook in (*session.after_prefill, *session.storage):
+            hook(cache, forward)
+        nexts = torch.tensor(batch.lengths, device=batch.ids.device)[:, None]
+        self.settle(session, forward)
+        return State(cache, nexts, logits, batch.lengths, batch.padded, batch.rotary_shift, batch.origin)
+
+    def read(self, session: Session, batch: Batch, cache: StudioCache) -> tuple[Tensor, Forward]:
+        """All tokens of a batch through the model, into an empty cache: logits [B, V] behind the last ones, the last forward.
+
+        Raises:
+            WorkloadError: the prompts are empty.
+        """
         length = batch.ids.shape[1]
         chunk = session.spec.chunk_size or length
         logits = None
@@ -84,19 +102,20 @@ class LanguageFamily:
                 observers=session.observers,
                 retain_queries=session.retain_queries,
                 retain_on=session.retain_on,
+                attending=session.attending,
                 image_tokens=None if batch.image_tokens is None else batch.image_tokens[:, start:stop],
+                ids=batch.ids[:, start:stop],
+                before=logits,
                 seen=stop,
             )
             embeds = None if batch.embeds is None else batch.embeds[:, start:stop]
             rotary = None if batch.rotary is None else batch.rotary[:, :, start:stop]
-            logits = self.library_forward(session, batch.ids[:, start:stop], forward, True, embeds, rotary)
-        for hook in (*session.after_prefill, *session.storage):
-            hook(cache, forward)
+            with ending_chunk(session, forward):
+                logits = self.library_forward(session, batch.ids[:, start:stop], forward, True, embeds, rotary)[:, -1]
         if logits is None:
             raise WorkloadError("the prompt holds no token; give at least one character")
-        nexts = torch.tensor(batch.lengths, device=batch.ids.device)[:, None]
-        self.settle(session, forward)
-        return State(cache, nexts, logits[:, -1], batch.lengths, batch.padded, batch.rotary_shift, batch.origin)
+        forward.logits = logits[:, None]
+        return logits, forward
 
     def settle(self, session: Session, forward: Forward) -> None:
         """Called at the end of a prefill, for families that keep a record of it."""
@@ -140,8 +159,11 @@ class LanguageFamily:
             kernel=session.spec.attention,
             observers=session.observers,
             reading=session.reading,
+            attending=session.attending,
             retain_queries=session.retain_queries if session.retain_on else 0,
             retain_on=session.retain_on,
+            ids=ids,
+            before=state.logits,
             seen=state.cache.seen + t,
         )
         if session.step_forward:
@@ -151,7 +173,7 @@ class LanguageFamily:
             rotary = None if shift is None else (positions + shift).expand(3, -1, -1)
             logits = self.library_forward(session, ids, forward, rotary=rotary)
         state.next_position = state.next_position + t
-        state.logits = logits[:, -1]
+        state.logits, forward.logits = logits[:, -1], logits
         session.count("forward_passes", 1)
         for hook in session.after_step:
             hook(state.cache, forward)
@@ -226,11 +248,21 @@ class LanguageFamily:
         trace.counts["prefill_kv_bytes"] = float(state.cache.nbytes())
         trace.counts["kept_prompt_tokens"] = state.cache.stored()
         trace.kept = kept_shares(state.cache, state.lengths)
+        self._look(trace, state, 1)
         if state.origin:
             trace.kept = [
                 [at_origin(layer, origin, len(result.prompt_ids)) for layer in layers]
                 for layers, origin, result in zip(trace.kept, state.origin, trace.results, strict=True)
             ]
+
+    def _look(self, trace: RunTrace, state: State, new: int) -> None:
+        """Remember what every head holds, once something was evicted."""
+        if is_whole(state):
+            return
+        frames = frames_of(state, [len(r.prompt_ids) for r in trace.results], new)
+        trace.heads, trace.frames = heads_of(state), trace.frames or [[] for _ in frames]
+        for row, frame in zip(trace.frames, frames, strict=False):
+            row.append(frame)
 
     def _generate(self, session: Session, trace: RunTrace, state: State, start: float) -> Iterator[StepResult]:
         sampler = Sampler(session.spec.sampling, session.spec.seed, session.device)
@@ -253,9 +285,13 @@ class LanguageFamily:
             step.text = [streams[row].put(ids, done[row]) for row, ids in enumerate(step.new)]
             for row, text in enumerate(step.text):
                 trace.results[row].text += text
+            told = max(len(r.token_ids) for r in trace.results)
             yield step
             if all(done):
+                self._look(trace, state, told)
                 return
+            if told < limit and is_moment(told, limit):
+                self._look(trace, state, told)
             start = session.clock()
             new = next(decoder)
             step = StepResult("step", session.clock() - start, new)

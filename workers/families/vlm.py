@@ -181,13 +181,14 @@ class VisionLanguageFamily(LanguageFamily):
     def settle(self, session: Session, forward: Forward) -> None:
         """Note how many layers each image token went through, where a policy let only some of them go on."""
         layers = len(forward.cache.layers)
-        for first, index in forward.narrowed:
-            for row, record in enumerate(session.seen):
-                going = set(index[row].tolist())
-                columns = self._columns(forward, row, record)
-                for token, column in zip(record.entered, columns, strict=True):
-                    if column not in going:
-                        record.share[token] = min(record.share[token], first / layers)
+        for row, record in enumerate(session.seen if forward.narrowed else ()):
+            places = dict(zip(record.entered, self._columns(forward, row, record), strict=True))  # token -> column
+            for first, index in forward.narrowed:
+                going = {column: place for place, column in enumerate(index[row].tolist())}
+                for token in [t for t, column in places.items() if column not in going]:
+                    record.share[token] = min(record.share[token], first / layers)
+                    del places[token]
+                places = {token: going[column] for token, column in places.items()}
 
     def _columns(self, forward: Forward, row: int, record: ImageRecord) -> list[int]:
         """Where the image tokens that entered stand among the new tokens of a row."""

@@ -43,11 +43,15 @@ class Forward:
         kernel: ``sdpa`` or ``eager``.
         observers: called after every attention.
         reading: called before every attention: what it reads in the place of everything stored; None = everything.
+        attending: called before every attention: what comes out of it [B, Hq, T, D], or None = compute it as usual.
         retain_queries: newest queries to remember across prefill chunks, per layer.
         retain_on: remember them across decode steps too.
         narrowed: set by token policies: from which layer on only some new tokens travel, as
             (first layer, index [B, n] into the new tokens).
         image_tokens: [B, T] which of the new tokens come from an image; None = none of them.
+        ids: [B, T] of the new tokens.
+        before: logits [B, V] that foretold the first of them; None at the start of the prompt.
+        logits: of a decode step, once it is done: [B, T, V]; at the prompt's end those behind it: [B, 1, V].
     """
 
     cache: StudioCache
@@ -59,10 +63,14 @@ class Forward:
     kernel: Literal["sdpa", "eager"] = "sdpa"
     observers: list[Callable[[AttentionCall], None]] = field(default_factory=list)
     reading: Callable[[AttentionCall], Held | None] | None = None
+    attending: Callable[[AttentionCall], Tensor | None] | None = None
     retain_queries: int = 0
     retain_on: bool = False
     narrowed: list[tuple[int, Tensor]] = field(default_factory=list)
     image_tokens: Tensor | None = None
+    ids: Tensor | None = None
+    before: Tensor | None = None
+    logits: Tensor | None = None
     seen: int = 0
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -73,11 +81,17 @@ class Forward:
 
     def positions_at(self, layer: int) -> Tensor:
         """Positions [B, T'] of the tokens that travel through this layer."""
-        positions = self.positions
+        return self._travelling(self.positions, layer)
+
+    def image_tokens_at(self, layer: int) -> Tensor | None:
+        """Which of the tokens that travel through this layer come from an image [B, T']; None = none of them."""
+        return None if self.image_tokens is None else self._travelling(self.image_tokens, layer)
+
+    def _travelling(self, x: Tensor, layer: int) -> Tensor:
         for first, index in self.narrowed:
             if layer >= first:
-                positions = positions.gather(1, index)
-        return positions
+                x = x.gather(1, index)
+        return x
 
 
 @dataclass
@@ -95,6 +109,7 @@ class AttentionCall:
     forward: Forward
     scaling: float
     window: int | None = None
+    softcap: float | None = None
 
     @property
     def held(self) -> Held:
@@ -188,17 +203,19 @@ def attend(
     positions = forward.positions_at(layer) if forward.narrowed else forward.positions
     memory.append(key, value, positions, forward.seen, forward.padded)
     per_kv = query.shape[1] // key.shape[1]
-    held = forward.reading(AttentionCall(layer, query, memory, forward, scaling, window)) if forward.reading else None
-    if held is not None or len(memory.groups) == 1:
+    watched = forward.attending or forward.reading or forward.observers
+    call = AttentionCall(layer, query, memory, forward, scaling, window, softcap) if watched else None
+    out = forward.attending(call) if call and forward.attending else None
+    held = forward.reading(call) if call and forward.reading else None
+    if out is None and (held is not None or len(memory.groups) == 1):
         out = _attention(forward, held or memory.groups[0].held(), positions, query, scaling, window, softcap)
-    else:
+    elif out is None:
         parts = [
             _attention(forward, g.held(), positions, query[:, g.start * per_kv : g.stop * per_kv], scaling, window, softcap)
             for g in memory.groups
         ]
         out = torch.cat(parts, 1)
-    if forward.observers:
-        call = AttentionCall(layer, query, memory, forward, scaling, window)
+    if call:
         for observe in forward.observers:
             observe(call)
     if forward.retain_queries and (forward.phase == "prefill" or forward.retain_on):

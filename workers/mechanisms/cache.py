@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from studio_state.errors import SpecError
 from workers.mechanisms.held import Held, rectangle
 from workers.mechanisms.kv_store import PADDING, FloatStore, KVStore
+from workers.mechanisms.pages import Pages
 
 __all__ = ["PADDING", "HeadGroup", "KVLayer", "StudioCache"]
 
@@ -35,6 +38,7 @@ class HeadGroup:
         positions: [B, 1 or H, S] logical positions; None = 0, 1, 2, ... with no padding.
         tracked: tensors [B, H, S] that follow the entries (accumulated scores, for example);
             new entries start at 0, evicted ones vanish.
+        pages: bounds of the keys of each page of entries, as these came; None = nobody asks for them.
     """
 
     start: int
@@ -43,6 +47,7 @@ class HeadGroup:
     positions: Tensor | None = None
     padded: bool = False
     tracked: dict[str, Tensor] = field(default_factory=dict)
+    pages: Pages | None = None
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
         """Add keys and values of these heads [B, H, T, D] at ``positions`` [B, T] (None = next ones)."""
@@ -52,6 +57,8 @@ class HeadGroup:
             self.positions = torch.cat((self.positions, new), 2)
         for name, x in self.tracked.items():
             self.tracked[name] = torch.nn.functional.pad(x, (0, keys.shape[2]))
+        if self.pages is not None:
+            self.pages = self.pages.joined(keys)
 
     def logical(self, batch: int, device: torch.device) -> Tensor:
         """Positions [B, 1 or H, S], made explicit."""
@@ -73,6 +80,7 @@ class HeadGroup:
             self.positions = positions.gather(2, index)
         self.store.keep(index)
         self.tracked = {name: x.gather(2, index) for name, x in self.tracked.items()}
+        self.page_anew()
 
     def crop(self, count: int) -> None:
         """Take back the newest ``count`` entries."""
@@ -81,6 +89,12 @@ class HeadGroup:
         if self.positions is not None:
             self.positions = self.positions[:, :, :n]
         self.tracked = {name: x[:, :, :n] for name, x in self.tracked.items()}
+        self.page_anew()
+
+    def page_anew(self) -> None:
+        """Bound the pages of what is stored now."""
+        if self.pages is not None:
+            self.pages = Pages.of(self.held(), self.pages.size)
 
     def part(self, head: int) -> HeadGroup:
         """A group with only the head ``head`` (counted within this group)."""
@@ -88,13 +102,19 @@ class HeadGroup:
         if positions is not None and positions.shape[1] > 1:
             positions = positions[:, head : head + 1].clone()
         tracked = {name: x[:, head : head + 1].clone() for name, x in self.tracked.items()}
+        pages = None if self.pages is None else self.pages.heads(head, head + 1)
         return HeadGroup(
-            self.start + head, self.start + head + 1, self.store.heads(head, head + 1), positions, self.padded, tracked
+            self.start + head, self.start + head + 1, self.store.heads(head, head + 1), positions, self.padded, tracked, pages
         )
 
     def clone(self) -> HeadGroup:
         """An independent copy."""
-        return HeadGroup(self.start, self.stop, self.store.clone(), self.positions, self.padded, dict(self.tracked))
+        store, tracked = self.store.clone(), dict(self.tracked)
+        return HeadGroup(self.start, self.stop, store, self.positions, self.padded, tracked, self.pages)
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values with scales, and of the bounds of their pages."""
+        return self.store.nbytes() + (self.pages.nbytes() if self.pages else 0)
 
 
 class KVLayer(CacheLayerMixin):
@@ -109,6 +129,9 @@ class KVLayer(CacheLayerMixin):
         self.seen = 0
         self.capacity = capacity
         self.query_tail: tuple[Tensor, Tensor] | None = None  # newest queries [B, Hq, W, D] of earlier forwards, positions [B, W]
+        self.notes: dict[
+            str, Any
+        ] = {}  # what policies know of the layer as a whole; replaced, never changed, so clones can share it
 
     # -- what the library asks -------------------------------------------------------------
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -202,6 +225,22 @@ class KVLayer(CacheLayerMixin):
         for g, kept, length in zip(self.groups, index, lengths, strict=True):
             g.keep((kept - (max(lengths) - length))[:, None, :])  # filling of the rectangle falls below 0
 
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Put these keys and values [B, H, S, D] in the place of those held, S as in :meth:`held`.
+
+        Raises:
+            SpecError: some are stored in a format that cannot be written.
+        """
+        for g in self.groups:
+            if not isinstance(g.store, FloatStore):
+                raise SpecError(
+                    f"cached entries are stored as {type(g.store).__name__} and cannot be merged any more; "
+                    "merge at the end of the prompt only (when = prefill), or remove the policy that packs the cache"
+                )
+            heads, newest = slice(g.start, g.stop), slice(keys.shape[2] - g.store.length, None)
+            g.store.write(keys[:, heads, newest], values[:, heads, newest])
+            g.page_anew()
+
     def crop_newest(self, count: int) -> None:
         """Take back the newest ``count`` entries."""
         for g in self.groups:
@@ -209,14 +248,14 @@ class KVLayer(CacheLayerMixin):
         self.seen = max(0, self.seen - count)  # a layer that is left out has nothing to give back
 
     def nbytes(self) -> int:
-        """Bytes of keys and values with scales."""
-        return sum(g.store.nbytes() for g in self.groups)
+        """Bytes of keys and values with scales, and of what is kept about them."""
+        return sum(g.nbytes() for g in self.groups)
 
     def clone(self) -> KVLayer:
         """An independent copy."""
         twin = KVLayer(self.capacity)
         twin.groups, twin.seen, twin.query_tail = [g.clone() for g in self.groups], self.seen, self.query_tail
-        twin.is_initialized = self.is_initialized
+        twin.is_initialized, twin.notes = self.is_initialized, dict(self.notes)
         return twin
 
 

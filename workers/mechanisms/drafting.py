@@ -227,6 +227,7 @@ def layer_list(session: Session) -> tuple[str, nn.ModuleList]:
     name = next((n for n, m in session.model.named_modules() if m is layers), None)
     if layers is None or name is None:
         raise Unavailable(
-            f"{session.info.name} does not keep its layers in one list, so it cannot draft for itself; give a draft_model"
+            f"{session.info.name} does not keep its layers in one list, so the first of them cannot run alone; "
+            "give a draft_model where a policy takes one, or remove the policy"
         )
     return name, layers

@@ -17,14 +17,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.cache import PADDING
+from workers.mechanisms.attention import AttentionCall, Forward
+from workers.mechanisms.cache import PADDING, StudioCache
+from workers.mechanisms.chunk_end import ChunkEnd
 from workers.mechanisms.held import Held
 from workers.mechanisms.ranking import best_of_real
 from workers.session import Session
 
 Kept = Tensor | list[Tensor]
 Choose = Callable[[AttentionCall], Kept | None]
+Fold = Callable[[AttentionCall, Kept], tuple[Tensor, Tensor] | None]
 When = Literal["prefill", "decode", "both"]
 
 
@@ -54,7 +56,13 @@ def budgets(call: AttentionCall, keep: float, guarded: Guarded = FREE) -> list[i
 
 @contextmanager
 def evicting(
-    session: Session, policy: str, choose: Choose, when: When = "prefill", every: int = 1, between_chunks: bool = False
+    session: Session,
+    policy: str,
+    choose: Choose,
+    when: When = "prefill",
+    every: int = 1,
+    between_chunks: bool = False,
+    fold: Fold | None = None,
 ) -> Iterator[None]:
     """Let ``choose`` evict in every layer.
 
@@ -62,25 +70,65 @@ def evicting(
         choose: attention call -> entries to keep, ascending: [B, H, n], or [B, n] a head; None = all.
         when: at the end of the prefill, after every ``every``-th decode step, or both.
         between_chunks: also after every earlier chunk of the prompt.
+        fold: what the kept entries become by those that leave: attention call, choice -> keys and values [B, H, n, D],
+            n of the longest head, the newest last; None = they stay as they are.
     """
 
     def observe(call: AttentionCall) -> None:
-        forward = call.forward
-        if forward.phase == "prefill":
-            due = when != "decode" and (forward.ends_prefill or between_chunks)
-        else:
-            new = forward.seen - forward.prompt_tokens
-            due = when != "prefill" and new // every > (new - forward.positions.shape[1]) // every
-        if not due:
-            return
-        index = choose(call)
-        if index is not None:
-            before = call.cache.stored
-            call.cache.keep(index)
-            session.did(policy, before - call.cache.stored)
+        if is_due(call.forward, when, every, between_chunks):
+            evict(session, policy, call, choose, fold)
 
     with session.hooked(session.observers, observe):
         yield
+
+
+@contextmanager
+def evicting_behind(
+    session: Session, policy: str, choose: Choose, when: When = "prefill", every: int = 1, between_chunks: bool = False
+) -> Iterator[None]:
+    """As :func:`evicting`, but when all layers have run: for scores that are not known before.
+
+    ``choose`` is handed the layers one after the other, in calls without any query.
+    """
+
+    def everywhere(cache: StudioCache, forward: Forward) -> None:
+        if not is_due(forward, when, every, between_chunks):
+            return
+        for call in layer_calls(cache, forward):
+            evict(session, policy, call, choose)
+
+    def behind_chunk(end: ChunkEnd) -> None:
+        everywhere(end.forward.cache, end.forward)
+
+    with session.hooked(session.after_chunk, behind_chunk), session.hooked(session.after_step, everywhere):
+        yield
+
+
+def layer_calls(cache: StudioCache, forward: Forward) -> Iterator[AttentionCall]:
+    """A call without any query for every layer that holds something; one with a running state only, or left out, does not."""
+    for number, memory in enumerate(cache.layers):
+        if memory.groups:
+            yield AttentionCall(number, memory.held().keys[:, :, :0], memory, forward, 1.0)
+
+
+def is_due(forward: Forward, when: When, every: int, between_chunks: bool) -> bool:
+    """Whether it is time to evict: see :func:`evicting`."""
+    if forward.phase == "prefill":
+        return when != "decode" and (forward.ends_prefill or between_chunks)
+    new = forward.seen - forward.prompt_tokens
+    return when != "prefill" and new // every > (new - forward.positions.shape[1]) // every
+
+
+def evict(session: Session, policy: str, call: AttentionCall, choose: Choose, fold: Fold | None = None) -> None:
+    """Keep of one layer what ``choose`` names."""
+    index = choose(call)
+    if index is not None:
+        before = call.cache.stored
+        folded = fold(call, index) if fold else None
+        call.cache.keep(index)
+        if folded is not None:
+            call.cache.write(*folded)
+        session.did(policy, before - call.cache.stored)
 
 
 def keep_best(

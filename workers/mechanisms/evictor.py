@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import field_validator
@@ -20,6 +21,7 @@ from workers.mechanisms.layer_budgets import Rule, layer_shares, relative
 from workers.methods import Policy
 from workers.session import Session
 
+SHARED = "When, and how layers and heads share the budget"  # heading of the knobs that all evictors have
 EVICTS: dict[str, Any] = {
     "stage": "kv",
     "families": ("llm", "vlm"),
@@ -36,15 +38,26 @@ class Budgeted(Policy):
     """How much of the prompt stays in the cache, when it is cut back to that, and how the layers share it."""
 
     keep: float = knob(0.5, ge=0.01, le=1.0, help="share of prompt positions kept; lower = smaller and faster, worse recall")
-    when: When = knob("prefill", help="prefill = evict at the end of the prompt; decode = while answering; both = then and there")
-    every: int = knob(16, ge=1, le=256, help="while answering, evict every so many new tokens; more = less work, a longer cache")
+    when: When = knob(
+        "prefill", group=SHARED, help="prefill = evict at the end of the prompt; decode = while answering; both = then and there"
+    )
+    every: int = knob(
+        16, ge=1, le=256, group=SHARED, help="while answering, evict every so many new tokens; more = less work, a longer cache"
+    )
     between_chunks: bool = knob(
         False,
+        group=SHARED,
         help="where the prompt comes in chunks, evict after each of them: less memory at the peak, scores from what is left",
     )
-    layers: Rule = knob("uniform", help="uniform = all layers keep as much; pyramid = the first ones more; given = as you say")
-    slope: float = knob(20.0, ge=1.0, le=100.0, help="of the pyramid: the last layer keeps 1 / slope of the mean; 1 = uniform")
-    layer_shares: str = knob("2, 1", max_length=400, help="of given: relative budgets, first layer to last; two numbers = a line")
+    layers: Rule = knob(
+        "uniform", group=SHARED, help="uniform = all layers keep as much; pyramid = the first ones more; given = as you say"
+    )
+    slope: float = knob(
+        20.0, ge=1.0, le=100.0, group=SHARED, help="of the pyramid: the last layer keeps 1 / slope of the mean; 1 = uniform"
+    )
+    layer_shares: str = knob(
+        "2, 1", max_length=400, group=SHARED, help="of given: relative budgets, first layer to last; two numbers = a line"
+    )
 
     @field_validator("layer_shares")
     @classmethod
@@ -61,12 +74,17 @@ class Budgeted(Policy):
 
     @contextmanager
     def _evicting(self, session: Session) -> Iterator[None]:
-        with evicting(session, self.card.id, self.choose, self.when, self.every, self.between_chunks):
+        fold = partial(self.fold, session)
+        with evicting(session, self.card.id, self.choose, self.when, self.every, self.between_chunks, fold):
             yield
 
     def choose(self, call: AttentionCall) -> Kept | None:
         """Entries of one layer to keep, ascending: [B, H, n], or [B, n] a head; None = all."""
         raise NotImplementedError
+
+    def fold(self, session: Session, call: AttentionCall, kept: Kept) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, n, D] that the kept entries get from those that leave; None = they stay as they are."""
+        return None
 
     def counts(self, call: AttentionCall, guarded: Guarded = FREE) -> list[int]:
         """Entries that this layer keeps in each row, at least the guarded ones."""
@@ -89,10 +107,16 @@ class Evictor(Budgeted):
     """Keeps the positions with the best scores; heads may share a layer's budget by one ranking over all of them."""
 
     heads: Literal["uniform", "adaptive"] = knob(
-        "uniform", help="uniform = every head of a layer keeps as much; adaptive = heads with higher scores keep more"
+        "uniform",
+        group=SHARED,
+        help="uniform = every head of a layer keeps as much; adaptive = heads with higher scores keep more",
     )
     safeguard: float = knob(
-        0.2, ge=0.0, le=1.0, help="of adaptive: every head keeps at least this share of an equal budget; 1 = uniform"
+        0.2,
+        ge=0.0,
+        le=1.0,
+        group=SHARED,
+        help="of adaptive: every head keeps at least this share of an equal budget; 1 = uniform",
     )
 
     def scores(self, call: AttentionCall) -> Tensor | None:
@@ -106,8 +130,10 @@ class Evictor(Budgeted):
     def choose(self, call: AttentionCall) -> Kept | None:
         """The best by score, within the budget."""
         scores = self.scores(call)
-        if scores is None:
-            return None
+        return None if scores is None else self.best(call, scores)
+
+    def best(self, call: AttentionCall, scores: Tensor) -> Kept | None:
+        """The best by these scores [B, H, S], within the budget; None = all."""
         guarded = self.guarded(call)
         counts = self.counts(call, guarded)
         if self.heads == "adaptive":

@@ -52,10 +52,12 @@ class Held:
         return self.positions
 
     def pick(self, index: Tensor) -> Held:
-        """Only the entries ``index`` [B, H, n]; the cache keeps them all."""
+        """Only the entries ``index`` [B, H, n]; the cache keeps them all. Below 0 = no entry, its place becomes padding."""
         b, h = index.shape[:2]
-        places = self.places().expand(b, h, -1).gather(2, index)
-        return Held(gather_entries(self.keys, index), gather_entries(self.values, index), places, self.padded)
+        empty, index = index < 0, index.clamp_min(0)
+        places = self.places().expand(b, h, -1).gather(2, index).masked_fill(empty, PADDING)
+        padded = self.padded or bool(empty.any())
+        return Held(gather_entries(self.keys, index), gather_entries(self.values, index), places, padded)
 
 
 def rectangle(groups: Sequence[HeadGroup]) -> Held:

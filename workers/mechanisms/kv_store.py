@@ -125,6 +125,11 @@ class FloatStore:
         self._keys, self._values = gather_entries(keys, index), gather_entries(values, index)
         self._length, self.capacity = index.shape[2], 0
 
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Put these [B, H, S, D] in the place of all stored entries."""
+        for old, new in zip(self.read(), (keys, values), strict=True):
+            old.copy_(new)
+
     def crop(self, count: int) -> None:
         self._length -= count  # the room stays and is written again by the next append
 

@@ -10,12 +10,21 @@ Shapes: B batch, H key-value heads, S stored entries, P packed ones, D head widt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from workers.mechanisms.kv_store import gather_entries, storage_bytes
+from studio_state.errors import SpecError
+from workers.mechanisms.attention import Forward
+from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.held import Held
+from workers.mechanisms.kv_store import gather_entries
+from workers.mechanisms.two_part_store import Part, TwoPartStore
+from workers.session import Session
 
 SCALE_DTYPE = torch.float16
 _ULP = 2.0**-10  # relative step of SCALE_DTYPE: enough to round a bound outwards
@@ -54,6 +63,22 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, zero
 
 
+def still_needed(ids: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """What is left of things that entries share, once some entries are gone.
+
+    Args:
+        ids: [B, H, n], the thing of each entry that stays.
+        groups: how many things there were.
+
+    Returns:
+        Things to keep [B, H, <= groups], ascending (some head needs them all), and the new ids [B, H, n] int32.
+    """
+    ids = ids.long()
+    needed = torch.zeros(*ids.shape[:2], groups, dtype=torch.bool, device=ids.device).scatter_(2, ids, True)
+    order = needed.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, : int(needed.sum(2).max())]
+    return order, (needed.cumsum(2) - 1).gather(2, ids).to(torch.int32)
+
+
 @dataclass
 class PackedKeys:
     """Keys per channel.
@@ -69,6 +94,10 @@ class PackedKeys:
     bits: int
     group_size: int
     group_of: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return self.codes.shape[2]
 
     @classmethod
     def of(cls, keys: Tensor, bits: int, group_size: int) -> PackedKeys:
@@ -95,18 +124,14 @@ class PackedKeys:
 
     def take(self, index: Tensor) -> PackedKeys:
         """Only the entries ``index`` [B, H, n]; scales that no entry needs any more are dropped."""
-        ids = self._explicit().gather(2, index).long()
-        needed = torch.zeros(self.scale.shape[:3], dtype=torch.bool, device=ids.device).scatter_(2, ids, True)
-        most = int(needed.sum(2).max())
-        order = needed.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :most]  # needed ones first, in order
-        place = needed.cumsum(2) - 1
+        order, ids = still_needed(self._explicit().gather(2, index), self.scale.shape[2])
         return PackedKeys(
             gather_entries(self.codes, index),
             gather_entries(self.scale, order),
             gather_entries(self.zero, order),
             self.bits,
             self.group_size,
-            place.gather(2, ids).to(torch.int32),
+            ids,
         )
 
     def heads(self, start: int, stop: int) -> PackedKeys:
@@ -137,10 +162,19 @@ class PackedValues:
     bits: int
     channels: int
 
+    @property
+    def width(self) -> int:
+        return self.codes.shape[2]
+
+    @staticmethod
+    def channels_of(group_size: int, width: int) -> int:
+        """Channels that share a scale: at most ``group_size``, and a divisor of the head width."""
+        return math.gcd(group_size, width)
+
     @classmethod
     def of(cls, values: Tensor, bits: int, group_size: int) -> PackedValues:
         """Quantize values [B, H, n, D] in groups of at most ``group_size`` channels that divide D."""
-        channels = math.gcd(group_size, values.shape[-1])
+        channels = cls.channels_of(group_size, values.shape[-1])
         codes, scale, zero = quantize(values.unflatten(-1, (-1, channels)), bits, dim=-1)
         return cls(pack_bits(codes.flatten(-2), bits), scale.squeeze(-1), zero.squeeze(-1), bits, channels)
 
@@ -167,11 +201,16 @@ class PackedValues:
         return [self.codes, self.scale, self.zero]
 
 
-class QuantizedStore:
-    """A :class:`~workers.mechanisms.kv_store.KVStore`: the oldest entries packed, the newest in full precision.
+class GrowingPart(Part, Protocol):
+    """Old keys or values to which more are added."""
 
-    An eviction may leave more packed entries in one head than in another. Both parts are then as wide as
-    their longest head and filled from the right; ``_packed`` counts each head's packed entries.
+    def joined(self, newer: Self) -> Self:
+        """Both, the other one's entries last."""
+        ...
+
+
+class QuantizedStore(TwoPartStore[Any, Any]):
+    """The oldest entries packed, the newest in full precision; whole groups are packed as entries come.
 
     Args:
         keys, values: [B, H, S, D], the entries so far.
@@ -181,114 +220,68 @@ class QuantizedStore:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, bits: int, group_size: int, residual: int):
+        super().__init__(keys, values)
         self.bits, self.group_size, self.residual = bits, group_size, residual
-        self._length = keys.shape[2]
-        self._recent = (keys.clone(), values.clone())
-        self._keys: PackedKeys | None = None
-        self._values: PackedValues | None = None
-        self._packed: Tensor | None = None  # [B, H]; None = the same in every head
         self._pack()
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def packed(self) -> float:
-        """Packed entries, mean over heads."""
-        return float(self._packed.float().mean()) if self._packed is not None else self._width
-
-    @property
-    def _width(self) -> int:
-        return 0 if self._keys is None else self._keys.codes.shape[2]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._pack()  # what is new is attended to in full precision at least once
-        self._recent = (torch.cat((self._recent[0], keys), 2), torch.cat((self._recent[1], values), 2))
-        self._length += keys.shape[2]
+        super().append(keys, values)
+
+    def _form(self, keys: Tensor, values: Tensor) -> tuple[GrowingPart, GrowingPart]:
+        """Whole groups of entries [B, H, n, D], packed."""
+        return PackedKeys.of(keys, self.bits, self.group_size), PackedValues.of(values, self.bits, self.group_size)
 
     def _pack(self) -> None:
         """Move whole groups of the oldest full-precision entries to the packed part."""
-        most = self._width if self._packed is None else int(self._packed.max())
-        count = (self._length - most - self.residual) // self.group_size * self.group_size
+        count = (self._length - self._most - self.residual) // self.group_size * self.group_size
         if count <= 0:
             return
         keys, values = self._recent
         if self._packed is None:
-            old = (keys[:, :, :count], values[:, :, :count])
+            old = self._form(keys[:, :, :count], values[:, :, :count])
         else:
             start = keys.shape[2] - (self._length - self._packed)
             index = start.unsqueeze(-1) + torch.arange(count, device=keys.device)
-            old = (gather_entries(keys, index), gather_entries(values, index))
+            old = self._form(gather_entries(keys, index), gather_entries(values, index))
             self._packed = self._packed + count
-        new_keys, new_values = (
-            PackedKeys.of(old[0], self.bits, self.group_size),
-            PackedValues.of(old[1], self.bits, self.group_size),
-        )
-        self._keys = new_keys if self._keys is None else self._keys.joined(new_keys)
-        self._values = new_values if self._values is None else self._values.joined(new_values)
+        self._old = (self._old[0].joined(old[0]), self._old[1].joined(old[1])) if self._old else old
         self._recent = (keys[:, :, count:].clone(), values[:, :, count:].clone())
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            return self._recent
-        keys, values = self._recent
-        keys = torch.cat((self._keys.read().to(keys.dtype), keys), 2)
-        values = torch.cat((self._values.read().to(values.dtype), values), 2)
-        if self._packed is None:
-            return keys, values
-        entry, packed = torch.arange(self._length, device=keys.device), self._packed.unsqueeze(-1)
-        offset = torch.where(entry < packed, self._width - packed, keys.shape[2] - self._length)
-        return gather_entries(keys, entry + offset), gather_entries(values, entry + offset)
 
-    def keep(self, index: Tensor) -> None:
-        """Keep only the entries ``index`` [B, H, n], ascending; packed ones stay as they are."""
-        n, width, recent = index.shape[2], self._width, self._recent[0].shape[2]
-        before = self._packed if self._packed is not None else torch.full(index.shape[:2], width, device=index.device)
-        packed = (index < before.unsqueeze(-1)).sum(2)
-        least, most = (int(x) for x in packed.aminmax())
-        if self._keys is not None and self._values is not None:
-            place = torch.arange(most, device=index.device) - (most - packed).unsqueeze(-1)  # < 0: filling at the front
-            slot = index.gather(2, place.clamp_min(0)) + (width - before).unsqueeze(-1)
-            slot = slot.clamp(0, width - 1)
-            self._keys, self._values = (self._keys.take(slot), self._values.take(slot)) if most else (None, None)
-        slot = (index[:, :, least:] - self._length + recent).clamp_min(0)
-        self._recent = (gather_entries(self._recent[0], slot), gather_entries(self._recent[1], slot))
-        self._packed, self._length = (packed if least != most else None), n
+@contextmanager
+def quantizing(session: Session, policy: str, bits: int, pack: Callable[[Held], QuantizedStore]) -> Iterator[None]:
+    """Pack the cache once every evictor has acted on the prompt, and tell the share that is packed.
 
-    def crop(self, count: int) -> None:
-        """Take back the newest ``count`` entries.
+    Args:
+        bits: of a stored number.
+        pack: what a head group holds -> the store that holds it from then on.
 
-        Raises:
-            RuntimeError: some of them are packed already; the store cannot give them back exactly.
-        """
-        most = self._width if self._packed is None else int(self._packed.max())
-        if count > self._length - most:
-            raise RuntimeError(f"{count} entries cannot be taken back: only {self._length - most} are in full precision")
-        end = self._recent[0].shape[2] - count
-        self._recent = (self._recent[0][:, :, :end].clone(), self._recent[1][:, :, :end].clone())
-        self._length -= count
+    Raises:
+        SpecError: at the first prefill, if a head's numbers of so many bits do not fill whole bytes.
+    """
 
-    def heads(self, start: int, stop: int) -> QuantizedStore:
-        keys, values = (x[:, start:stop].clone() for x in self._recent)
-        packed_keys = self._keys.heads(start, stop) if self._keys is not None else None
-        packed_values = self._values.heads(start, stop) if self._values is not None else None
-        counts = self._packed[:, start:stop] if self._packed is not None else None
-        return self._with((keys, values), packed_keys, packed_values, counts)
+    def account(cache: StudioCache, forward: Forward) -> None:
+        share = quantized_share(cache)
+        session.counts["quantized_kv_share"] = share
+        if share:
+            session.did(policy, share)
 
-    def clone(self) -> QuantizedStore:
-        """An independent copy: no operation writes into a stored tensor, so both may share them."""
-        return self._with(self._recent, self._keys, self._values, self._packed)
+    def store(cache: StudioCache, forward: Forward) -> None:
+        for group in (g for layer in cache.layers for g in layer.groups):
+            held = group.held()
+            for width in (held.keys.shape[-1], held.values.shape[-1]):
+                if width * bits % 8:
+                    raise SpecError(f"{policy}: bits = {bits} does not fill whole bytes at head width {width}; set bits = 8")
+            group.store = pack(held)
+        account(cache, forward)
 
-    def _with(
-        self, recent: tuple[Tensor, Tensor], keys: PackedKeys | None, values: PackedValues | None, packed: Tensor | None
-    ) -> QuantizedStore:
-        twin = object.__new__(QuantizedStore)
-        twin.bits, twin.group_size, twin.residual = self.bits, self.group_size, self.residual
-        twin._length, twin._recent, twin._keys, twin._values, twin._packed = self._length, recent, keys, values, packed
-        return twin
+    with session.hooked(session.storage, store), session.hooked(session.after_step, account):
+        yield
 
-    def nbytes(self) -> int:
-        """Codes, scales, zeros, the groups of evicted-among keys, and the full-precision rest."""
-        kept = [*self._recent, *(self._keys.tensors() if self._keys else ()), *(self._values.tensors() if self._values else ())]
-        return sum(storage_bytes(x) for x in kept)
+
+def quantized_share(cache: StudioCache) -> float:
+    """Share of the stored entries that are packed."""
+    stores = [(g.store, g.stop - g.start) for layer in cache.layers for g in layer.groups]
+    packed = sum(s.packed * heads for s, heads in stores if isinstance(s, QuantizedStore))
+    return packed / max(1, sum(s.length * heads for s, heads in stores))

@@ -17,7 +17,8 @@ def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         scores: [B, ..., S], higher = keep.
-        real: the same shape, False for padding; each row pads at least as much as it lacks against the longest count.
+        real: the same shape, False for padding. A row that pads less than it lacks against the longest count gets
+            places below 0 instead.
         counts: [B].
     """
     ranked = scores.masked_fill(~real, float("-inf")).argsort(dim=-1, descending=True, stable=True)
@@ -25,7 +26,8 @@ def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
     rank = torch.empty_like(ranked).scatter_(-1, ranked, places.expand_as(ranked))
     chosen = real & (rank < counts.view(-1, *[1] * (scores.dim() - 1)))
     preference = chosen.int() * 2 + (~real).int()  # chosen, then padding, then what is dropped
-    return preference.argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())].sort(-1).values
+    best = preference.argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())]
+    return torch.where(preference.gather(-1, best) > 0, best, -1).sort(-1).values
 
 
 def smooth(scores: Tensor, kernel: int, real: Tensor | None = None) -> Tensor:

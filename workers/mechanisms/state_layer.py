@@ -57,6 +57,7 @@ class StateLayer(LinearAttentionLayer, KVLayer):  # type: ignore[misc]
         twin = StateLayer(self.keeps_kv, self.states)
         kv = KVLayer.clone(self)
         twin.groups, twin.seen, twin.query_tail, twin.is_initialized = kv.groups, kv.seen, kv.query_tail, kv.is_initialized
+        twin.notes = kv.notes
         for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size"):
             setattr(twin, name, dict(getattr(self, name)))
         twin.conv_states = {i: None if t is None else t.clone() for i, t in self.conv_states.items()}

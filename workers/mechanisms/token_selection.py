@@ -2,7 +2,8 @@
 
 During the prefill one attention call chooses; the library's decoder layers behind it then receive the
 hidden states, rotary embeddings and positions of the chosen tokens only. Masks and caches follow by
-themselves, because attention asks :meth:`Forward.positions_at`.
+themselves, because attention asks :meth:`Forward.positions_at`. A later layer may choose again, among
+what is left.
 
 Shapes: B batch, L prompt tokens, n chosen ones, H KV heads, C hidden width.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from studio_state.errors import Unavailable
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
 from workers.session import Session
@@ -30,9 +32,17 @@ def narrowing(session: Session, policy: str, after: int, select: Select) -> Iter
 
     Args:
         after: index of the layer whose attention call is handed to ``select``; it still runs on all tokens.
-        select: attention call -> indices [B, n] into the prompt tokens, ascending; None = all.
+        select: attention call -> indices [B, n] into the tokens that reach this layer, ascending; None = all.
+
+    Raises:
+        Unavailable: the model is of an older form (as GPT-2) in which all tokens go through all layers.
     """
     layers = [session.model.get_submodule(n) for n in session.family.parts(session.model)["layers"]]
+    if not layers:
+        raise Unavailable(
+            f"{session.info.name} is of an older form (as GPT-2) in which all tokens go through all layers; "
+            f"remove {policy}, or choose another model"
+        )
 
     def observe(call: AttentionCall) -> None:
         if call.layer != after or call.forward.phase != "prefill":
@@ -53,12 +63,16 @@ def narrowing(session: Session, policy: str, after: int, select: Select) -> Iter
 
 
 @contextmanager
-def truncating(session: Session) -> Iterator[None]:
-    """After the prefill, drop from the layers before each selection what it did not choose."""
+def truncating(session: Session, last: int) -> Iterator[None]:
+    """After the prefill, drop from the layers before each selection what it did not choose.
+
+    Args:
+        last: no selection behind this layer cuts anything.
+    """
 
     def truncate(cache: StudioCache, forward: Forward) -> None:
-        for first, index in forward.narrowed:
-            for layer in cache.layers[:first]:
+        for first, index in forward.narrowed:  # each index counts among what the selections before it left
+            for layer in cache.layers[: first if first <= last + 1 else 0]:
                 if layer.groups:  # a layer that is left out holds nothing
                     heads = layer.groups[-1].stop
                     layer.keep(index[:, None].expand(-1, heads, -1))

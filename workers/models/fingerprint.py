@@ -15,9 +15,12 @@ BLOCK_BYTES, BLOCKS = 65_536, 64  # of each file: 4 MiB at most, its first and i
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """sha256 over name, size and samples of each file, in name order."""
+    """sha256 over name, size and samples of each file, in name order.
+
+    Parts of a pipeline name their files alike; these stand in the order of their folders, whatever order they are given in.
+    """
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda f: f.name):
+    for file in sorted(files, key=lambda f: (f.name, f.parent.parts)):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         last = max(0, size - BLOCK_BYTES)

@@ -6,7 +6,7 @@ line breaks between rows of tiles 144 + 24 x 25 = 744 image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ SIZE = 2 * VIEW
 GRID = [[VIEW, SIZE], [SIZE, VIEW], [SIZE, SIZE]]
 SIDE = VIEW // PATCH
 TOKENS = SIDE**2 + 2 * SIDE * (2 * SIDE + 1)
+SETTLED = 0.99  # decay of the average in the last phase
 KEPT = 0.1  # weight of what the tower must not forget: objects at full size
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
@@ -55,6 +56,7 @@ class TiledSceneVLM(Recipe):
         2500, ge=1, le=1_000_000, help="steps with the whole view alone; more = small objects are seen better"
     )
     steps: int = knob(1500, ge=1, le=1_000_000, help="steps with all five views; more = better answers")
+    settle_steps: int = knob(1000, ge=1, le=1_000_000, help="last steps, where counts are learned; more = better counts")
     batch_size: int = knob(
         8, ge=1, le=4096, help="scenes a step with all views, and half as many as a step with the whole view alone"
     )
@@ -87,25 +89,33 @@ class TiledSceneVLM(Recipe):
         for fixed in (model.model.vision_tower, placed.taught.patch_head, placed.taught.name_head, placed.taught.count_head):
             fixed.requires_grad_(False)
 
-        def all_views(net: nn.Module, step: int) -> Tensor:
-            rng = run.rng("tiles", step)
-            scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
-            batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, lesson(step))
-            sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
-            with torch.autocast("cpu", torch.bfloat16):
-                return placed.taught.answering_loss(
-                    batch, views(scenes), None, placed.place_head, placed.relation_heads, image_sizes=sizes
-                )
+        def all_views(phase: str) -> Callable[[nn.Module, int], Tensor]:
+            def loss_of(net: nn.Module, step: int) -> Tensor:
+                rng = run.rng(phase, step)
+                scenes = [make_scene(rng, SIZE) for _ in range(self.batch_size)]
+                batch = asked(tokenizer, model.config.image_token_id, TOKENS, scenes, rng, lesson(step))
+                sizes = torch.tensor([[SIZE, SIZE]] * len(scenes))
+                with torch.autocast("cpu", torch.bfloat16):
+                    return placed.taught.answering_loss(
+                        batch, views(scenes), None, placed.place_head, placed.relation_heads, image_sizes=sizes
+                    )
+
+            return loss_of
 
         schedule = Schedule(self.steps, self.learning_rate, warmup=min(200, self.steps // 10 + 1))
-        best = fit(run, "tiles", placed, schedule, all_views).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
+        fit(run, "tiles", placed, schedule, all_views("tiles"))
+        # Counts come last, from the weights themselves: an average over the steps before counts too few.
+        schedule = Schedule(
+            self.settle_steps, self.learning_rate / 2, warmup=min(50, self.settle_steps // 10 + 1), average=SETTLED
+        )
+        best = fit(run, "settle", placed, schedule, all_views("settle")).taught.model.to(torch.bfloat16)  # type: ignore[union-attr, operator]
         ready.save_pretrained(run.out)
         scores, examples = score_scenes(best, ready, run.tell, scenes_for(run.examples), SIZE)
         return hand_over(
             run,
             self,
             best,
-            steps={"whole": self.whole_steps, "tiles": self.steps},
+            steps={"whole": self.whole_steps, "tiles": self.steps, "settle": self.settle_steps},
             scores=scores,
             examples=examples,
             data=DATA,

@@ -2,7 +2,8 @@
 
 Every random number of a step comes from the generator it is given, none from torch's own.
 
-Shapes: B pictures [B, 1, 28, 28] from -1 to 1, labels [B]; one timestep or noise level a picture.
+Shapes: B pictures [B, 1, 28, 28] from -1 to 1, or latents in their place [B, C, h, w], labels [B]; one timestep or
+noise level a picture.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def pictures(images: NDArray[np.uint8]) -> Tensor:
 
 
 def batch_of(
-    images: NDArray[np.uint8], labels: NDArray[np.uint8], size: int, null: int, dropout: float, rng: np.random.Generator
+    images: NDArray[np.uint8] | Tensor, labels: NDArray[np.uint8], size: int, null: int, dropout: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Pictures drawn with replacement, and their labels, some of which are hidden.
 
@@ -34,12 +35,14 @@ def batch_of(
     arXiv:2207.12598, algorithm 1).
 
     Args:
+        images: grey bytes [N, H, W], or latents [N, C, h, w] that are taken as they are.
         null: the label that stands for no class.
         dropout: share of labels that are replaced by it.
     """
     rows = rng.integers(0, len(images), size)
     shown = np.where(rng.random(size) < dropout, null, labels[rows].astype(np.int64))
-    return pictures(images[rows]), torch.from_numpy(shown)
+    x = images[torch.from_numpy(rows)] if isinstance(images, Tensor) else pictures(images[rows])
+    return x, torch.from_numpy(shown)
 
 
 def noise_like(x: Tensor, rng: np.random.Generator) -> Tensor:

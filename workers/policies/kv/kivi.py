@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 from studio_state.catalog import Card
-from studio_state.errors import SpecError
-from workers.mechanisms.attention import Forward
-from workers.mechanisms.cache import StudioCache
-from workers.mechanisms.quantized_cache import QuantizedStore
+from workers.mechanisms.held import Held
+from workers.mechanisms.quantized_cache import QuantizedStore, quantizing
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -44,47 +41,12 @@ class Kivi(Policy):
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
         """Pack the cache once every evictor has acted on the prompt, then as it grows."""
-        return self._packing(session)
+        return quantizing(session, self.card.id, self.bits, self.pack)
 
-    @contextmanager
-    def _packing(self, session: Session) -> Iterator[None]:
-        with session.hooked(session.storage, self._pack(session)), session.hooked(session.after_step, self._account(session)):
-            yield
-
-    def _pack(self, session: Session) -> Any:
-        account = self._account(session)
-
-        def pack(cache: StudioCache, forward: Forward) -> None:
-            for layer in cache.layers:
-                for group in layer.groups:
-                    keys, values = group.store.read()
-                    self._check(keys.shape[-1], values.shape[-1])
-                    group.store = QuantizedStore(keys, values, self.bits, self.group_size, self.residual)
-            account(cache, forward)
-
-        return pack
-
-    def _check(self, *widths: int) -> None:
-        for width in widths:
-            if width * self.bits % 8:
-                raise SpecError(f"kivi: bits = {self.bits} does not fill whole bytes at head width {width}; set bits = 8")
-
-    def _account(self, session: Session) -> Any:
-        def account(cache: StudioCache, forward: Forward) -> None:
-            share = quantized_share(cache)
-            session.counts["quantized_kv_share"] = share
-            if share:
-                session.did(self.card.id, share)
-
-        return account
+    def pack(self, held: Held) -> QuantizedStore:
+        """The store of one head group."""
+        return QuantizedStore(held.keys, held.values, self.bits, self.group_size, self.residual)
 
     def kv_factor(self) -> float:
         """Code and scale bits over the 32 or 16 of the float cache, as an upper bound."""
         return min(1.0, (self.bits + 32 / self.group_size) / 16)
-
-
-def quantized_share(cache: StudioCache) -> float:
-    """Share of the stored entries that are packed."""
-    stores = [(g.store, g.stop - g.start) for layer in cache.layers for g in layer.groups]
-    packed = sum(s.packed * heads for s, heads in stores if isinstance(s, QuantizedStore))
-    return packed / max(1, sum(s.length * heads for s, heads in stores))

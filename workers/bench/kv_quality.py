@@ -1,0 +1,73 @@
+"""What cache policies lose: needles found, perplexity by the decode path and KL to the baseline, by share kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from studio_state.experiment import ExperimentSpec, WorkloadSpec
+from studio_state.pipeline import Pipeline
+from workers.bench.kv_policies import cache_policies, lane_of
+from workers.bench.lanes import measure
+from workers.bench.plan import Plan
+from workers.bench.report import json_line
+from workers.host import ModelHost
+
+KEEPS = (0.75, 0.5, 0.25, 0.1)
+NEEDLES, NEEDLE_TOKENS = 12, 512
+WINDOWS, CONTEXT, SCORED = 4, 512, 64
+FOUND, PERPLEXITY, KL = "accuracy", "perplexity", "kl_to_baseline"
+
+
+@dataclass
+class Row:
+    """One policy at one budget."""
+
+    policy: str
+    keep: float | None
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def bench(plan: Plan) -> None:
+    """One table in Markdown; policies without the knob ``keep`` have one row, at their defaults."""
+    host, quick = ModelHost(), plan.rounds <= 4
+    named = cache_policies()
+    plain = [n for n, cls in named.items() if "keep" not in cls.model_fields]
+    rows = [Row("baseline", None)]
+    budgets: list[tuple[float | None, list[str]]] = [(k, [n for n in named if n not in plain]) for k in KEEPS[-1:] if quick]
+    if not quick:
+        budgets = [*((k, [n for n in named if n not in plain]) for k in KEEPS), (None, plain)]
+    for keep, names in budgets:
+        batch = [Row(n, keep) for n in names]
+        lanes = (Pipeline(), *(lane_of(n, keep or 1.0) for n in names))
+        for spec in _specs(plan, lanes, quick):
+            for row, told in zip([rows[0], *batch], measure(spec, (FOUND, PERPLEXITY, KL), host), strict=True):
+                row.values.update(told.means)
+        rows += batch
+    print(f"{plan.model}: {NEEDLES} needles in {NEEDLE_TOKENS} tokens; {WINDOWS} windows of {CONTEXT} + {SCORED} tokens")
+    print("| policy | keep | needles found | perplexity | KL to baseline |\n|---|---|---|---|---|")
+    for row in rows:
+        found, perplexity, kl = (row.values.get(n) for n in (FOUND, PERPLEXITY, KL))
+        cells = [row.policy, "" if row.keep is None else f"{row.keep:g}", *map(_cell, (found, perplexity, kl))]
+        print(f"| {' | '.join(cells)} |")
+    for row in rows:
+        print(json_line("kv-quality", plan, policy=row.policy, keep=row.keep, **row.values))
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _specs(plan: Plan, lanes: tuple[Pipeline, ...], quick: bool) -> list[ExperimentSpec]:
+    """The two experiments that score these lanes."""
+    needle = {"items": 2 if quick else NEEDLES, "length": NEEDLE_TOKENS}
+    perplexity = {"items": 1 if quick else WINDOWS, "context": CONTEXT, "score": SCORED}
+    return [
+        ExperimentSpec(
+            model=plan.model,
+            workload=WorkloadSpec(id=workload, options=options),
+            lanes=lanes,
+            dtype="float32",
+            threads=plan.threads,
+        )
+        for workload, options in (("needle", needle), ("perplexity", perplexity))
+    ]
