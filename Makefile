@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 TESTS ?= tests
+# Two processes, a test file as a whole in one of them; one thread each, so that two cores are enough.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # Seconds that the download of Chromium may take before the system's package is tried.
 BROWSER_TIMEOUT ?= 120
 
@@ -26,16 +28,16 @@ run: $(VENV)/.installed $(VENV)/.demo-model
 	$(BIN)/pareto-studio $(ARGS)
 
 test: $(VENV)/.installed-dev browser
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: $(VENV)/.installed-dev browser
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" tests/unit
+	$(PYTEST) -m "not slow" tests/unit
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m workers.bench $(ARGS)

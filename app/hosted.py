@@ -45,7 +45,7 @@ class HostedLimits:
     """
 
     minutes: float = 10
-    lanes: int = 5
+    lanes: int = 8
     numbers: Mapping[str, int] = field(default_factory=lambda: dict(NUMBERS))
     spec_chars: int = 20_000
     download_bytes: int = 2_000_000_000

@@ -115,7 +115,7 @@ def test_sizes_are_bounded() -> None:
         "threads",
         "max_new_tokens",
     ]
-    assert "6 lanes are too many here; at most 5" in said(lanes=[{}] + [{"steps": [{"policy": "tome"}]}] * 5)[0]
+    assert "9 lanes are too many here; at most 8" in said(lanes=[{}] + [{"steps": [{"policy": "tome"}]}] * 8)[0]
     assert (
         "characters long; at most 20,000 here: shorten its texts" in said(workload="prompts", options={"text": "x" * 20_000})[0]
     )

@@ -61,7 +61,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str
     ("words", "parts"),
     [
         (["--lane", "snapkw"], ["there is no policy 'snapkw'; did you mean 'snapkv'?"]),
-        (["--lane", "snapkv:kep=0.5"], ["snapkv has no knob 'kep'; did you mean 'keep'? allowed: keep, window"]),
+        (["--lane", "snapkv:kep=0.5"], ["snapkv has no knob 'kep'; did you mean 'keep'? allowed: keep, when"]),
         (["--lane", "snapkv:keep=2"], ["keep = 2 is not allowed; allowed: a number from 0.01 to 1.0"]),
         (["--lane", "snapkv:keep=NaN"], ["keep = nan is not allowed; allowed: a number from 0.01 to 1.0"]),
         (["--lane", "snapkv:window=Infinity"], ["window = inf is not allowed; allowed: a whole number from 1 to"]),
