@@ -154,7 +154,10 @@ def pipeline_problems(
         remove = Mend(action="remove", step=i, label=f"Remove {card.title if card else step.policy}")
         if card is None or card.kind != "policy":
             ids = [c.id for c in catalog.policies]
-            add(f"there is no policy {step.policy!r}; {nearest(step.policy, ids)}allowed: the {len(ids)} that the palette and `pareto-studio methods` list", mend=remove)
+            add(
+                f"there is no policy {step.policy!r}; {nearest(step.policy, ids)}allowed: the {len(ids)} that the palette and `pareto-studio methods` list",
+                mend=remove,
+            )
             continue
         for name, message in schema_problems(step.knobs, card.knobs, card.id):
             default = card.defaults().get(name)
