@@ -7,7 +7,7 @@ The same fold serves the live page, the ``status`` endpoint and a reload: feed i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -69,6 +69,13 @@ class Race(Results):
     def item(self, item_id: str) -> Item:
         """The item with this id, made on first use."""
         return self.items.setdefault(item_id, Item(item_id, index=len(self.items)))
+
+    def item_with(self, chosen: str | None, has: Callable[[Item], object]) -> Item | None:
+        """The item to show something of: the chosen one, else the current one, else the latest that has it."""
+        item = self.items.get(chosen or self.current or "")
+        if item is not None and (has(item) or chosen is not None):
+            return item if has(item) else None
+        return next((i for i in reversed(self.items.values()) if has(i)), None)
 
     def stream(self, item_id: str, lane: int) -> Stream:
         """What a lane makes of an item."""

@@ -20,7 +20,7 @@ Section = dict[str, Any]
 
 def cache(race: Race, item_id: str | None) -> Section:
     """The caches of one item: the chosen one's, else the current one's, else the latest that is told."""
-    item = _shown(race, item_id)
+    item = race.item_with(item_id, lambda i: i.caches)
     if item is None:
         return {"item": None, "lanes": []}
     some = next(iter(item.caches.values()))
@@ -32,13 +32,6 @@ def cache(race: Race, item_id: str | None) -> Section:
         "image": some.image,
         "lanes": [_lane(race, item, lane) for lane in sorted(item.caches)],
     }
-
-
-def _shown(race: Race, item_id: str | None) -> Item | None:
-    item = race.items.get(item_id or race.current or "")
-    if item is not None and (item.caches or item_id is not None):
-        return item if item.caches else None
-    return next((i for i in reversed(race.items.values()) if i.caches), None)
 
 
 def _lane(race: Race, item: Item, lane: int) -> Section:

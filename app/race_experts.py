@@ -11,7 +11,6 @@ from app.components.numbers import digits
 from app.race import Race
 from app.race_drawn import place_of
 from app.race_names import name_of
-from app.race_parts import Item
 from studio_state.events import ExpertLoad
 
 Section = dict[str, Any]
@@ -22,19 +21,12 @@ SCALE = 10_000  # shares leave here as whole numbers
 
 def experts(race: Race, item_id: str | None) -> Section:
     """The load of one item's experts: the chosen one's, else the current one's, else the latest that is told."""
-    item = _shown(race, item_id)
+    item = race.item_with(item_id, lambda i: i.experts)
     if item is None:
         return {"item": None, "lanes": []}
     lanes = [_lane(race, lane, item.experts[lane]) for lane in sorted(item.experts)]
     most = max((share for lane in lanes for layer in lane["layers"] for share in layer["shares"]), default=0)
     return {"item": item.id, "place": place_of(item), "most": most, "scale": SCALE, "lanes": [x for x in lanes if x["layers"]]}
-
-
-def _shown(race: Race, item_id: str | None) -> Item | None:
-    item = race.items.get(item_id or race.current or "")
-    if item is not None and (item.experts or item_id is not None):
-        return item if item.experts else None
-    return next((i for i in reversed(race.items.values()) if i.experts), None)
 
 
 def _lane(race: Race, lane: int, load: ExpertLoad) -> Section:

@@ -21,6 +21,7 @@ from workers.mechanisms.layer_budgets import Rule, layer_shares, relative
 from workers.methods import Policy
 from workers.session import Session
 
+Heads = Literal["uniform", "adaptive"]
 SHARED = "When, and how layers and heads share the budget"  # heading of the knobs that all evictors have
 EVICTS: dict[str, Any] = {
     "stage": "kv",
@@ -103,21 +104,23 @@ class Budgeted(Policy):
         return self.keep if self.when != "decode" else 1.0
 
 
+def heads_knob(default: Heads, group: str | None = SHARED) -> Any:
+    """How the heads of a layer share its budget."""
+    about = "uniform = every head of a layer keeps as much; adaptive = heads with higher scores keep more"
+    return knob(default, group=group, help=about)
+
+
+def safeguard_knob(default: float) -> Any:
+    """What every head keeps at least, where they share by score."""
+    about = "of adaptive: every head keeps at least this share of an equal budget; 1 = uniform"
+    return knob(default, ge=0.0, le=1.0, group=SHARED, help=about)
+
+
 class Evictor(Budgeted):
     """Keeps the positions with the best scores; heads may share a layer's budget by one ranking over all of them."""
 
-    heads: Literal["uniform", "adaptive"] = knob(
-        "uniform",
-        group=SHARED,
-        help="uniform = every head of a layer keeps as much; adaptive = heads with higher scores keep more",
-    )
-    safeguard: float = knob(
-        0.2,
-        ge=0.0,
-        le=1.0,
-        group=SHARED,
-        help="of adaptive: every head keeps at least this share of an equal budget; 1 = uniform",
-    )
+    heads: Heads = heads_knob("uniform")
+    safeguard: float = safeguard_knob(0.2)
 
     def scores(self, call: AttentionCall) -> Tensor | None:
         """How much each stored entry of one layer is worth [B, H, S], higher = keep; None = this layer keeps all."""

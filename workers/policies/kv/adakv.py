@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from studio_state.catalog import Card
-from workers.cards import knob
-from workers.mechanisms.evictor import EVICTS
+from workers.mechanisms.evictor import EVICTS, Heads, heads_knob
 from workers.mechanisms.window_votes import WindowVotes
 from workers.methods import card
 
@@ -20,6 +19,4 @@ class AdaKV(WindowVotes):
     """
 
     card: ClassVar[Card] = card(id="adakv", title="Ada-KV", paper="arXiv:2407.11550", **EVICTS)
-    heads: Literal["uniform", "adaptive"] = knob(
-        "adaptive", help="adaptive = heads with higher scores keep more; uniform = every head of a layer keeps as much"
-    )
+    heads: Heads = heads_knob("adaptive", group=None)

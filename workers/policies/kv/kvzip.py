@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import PADDING, StudioCache
 from workers.mechanisms.chunk_end import ChunkEnd
 from workers.mechanisms.eviction import Guarded, evict, evicting, layer_calls
-from workers.mechanisms.evictor import EVICTS, SHARED, Evictor
+from workers.mechanisms.evictor import EVICTS, Evictor, Heads, heads_knob, safeguard_knob
 from workers.mechanisms.reconstruction import most_attention, read_again
 from workers.methods import card, knob
 from workers.session import Session
@@ -49,18 +49,8 @@ class KVzip(Evictor):
     )
     chunk_length: int = knob(2048, ge=8, le=16384, help="tokens that are read again at once; fewer = less memory, more passes")
     sinks: int = knob(4, ge=0, le=256, help="first positions that always stay")
-    heads: Literal["uniform", "adaptive"] = knob(
-        "adaptive",
-        group=SHARED,
-        help="adaptive = heads with higher scores keep more; uniform = every head of a layer keeps as much",
-    )
-    safeguard: float = knob(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        group=SHARED,
-        help="of adaptive: every head keeps at least this share of an equal budget; 1 = uniform",
-    )
+    heads: Heads = heads_knob("adaptive")
+    safeguard: float = safeguard_knob(0.0)
 
     @contextmanager
     def _evicting(self, session: Session) -> Iterator[None]:
