@@ -175,7 +175,7 @@
       const chip = (pipeline, own) => el('span', { class: 'pe-chip' },
         button(pipeline.name, () => {
           [pipeline, ...(pipeline.beside || [])].forEach((p) => load({ ...p, name: p.lane || p.name }, p.name));
-          if (pipeline.families) trigger('edit', { field: 'start', value: { families: pipeline.families, model: pipeline.model, workload: pipeline.workload } });
+          if (pipeline.families) trigger('edit', { field: 'start', value: { families: pipeline.families, bound: pipeline.bound === true, model: pipeline.model, workload: pipeline.workload } });
         }, { class: 'pe-small', title: pipeline.about || '' }),
         own ? button('✕', () => forget(pipeline.name), { class: 'pe-icon pe-forget', 'aria-label': `Forget ${pipeline.name}` }) : null);
       places.shelf.replaceChildren(

@@ -180,7 +180,8 @@ class StudioEvents:
         if event.field != "start":
             return (*[gr.skip()] * 5, form_value(settings_schema(), {**settings, str(event.field): event.value}))
         info = self.ctx.models.known(model or "")
-        if info is not None and info.family in event.value["families"]:
+        bound = event.value.get("bound") and model != event.value["model"]  # its policies need this very model
+        if info is not None and info.family in event.value["families"] and not bound:
             return (gr.skip(),) * 6
         new, card = event.value["model"], self.ctx.catalog.workload_by_id.get(event.value["workload"])
         family = card.families[0] if card else ""

@@ -43,6 +43,18 @@ def test_an_example_for_images_brings_its_model_and_workload(page: Page, seeing:
     expect(page.locator(".lg-tile")).to_have_count(30)
 
 
+def test_an_example_bound_to_its_model_brings_it_although_the_family_is_the_same(page: Page, seeing: str) -> None:
+    open_studio(page, seeing)
+    example(page, "Prune experts")
+    expect(page.locator("#model input")).to_have_value("Mixture of experts on Jane Austen · llm")
+    expect(page.locator("#workload input")).to_have_value("Perplexity")
+    set_number(page, "Workload options", "items", "2")
+    run(page)
+    wait_status(page, "finished", PATIENCE_MS)
+    expect(page.locator("[data-experts='1']")).to_contain_text("8 of 32 experts, counted layer by layer, got no token")
+    expect(page.locator("[data-experts='0']")).not_to_contain_text("got no token")
+
+
 def test_four_fifths_of_the_visual_tokens_are_dropped_and_shown(page: Page, seeing: str) -> None:
     open_studio(page, seeing)
     example(page, "Drop 80 % of the visual tokens")
