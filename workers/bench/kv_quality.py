@@ -15,6 +15,7 @@ from workers.host import ModelHost
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 NEEDLES, NEEDLE_TOKENS = 12, 512
 WINDOWS, CONTEXT, SCORED = 4, 512, 64
+TOGETHER = 12  # lanes beside the baseline in one experiment
 FOUND, PERPLEXITY, KL = "accuracy", "perplexity", "kl_to_baseline"
 
 
@@ -36,15 +37,16 @@ def bench(plan: Plan) -> None:
     budgets: list[tuple[float | None, list[str]]] = [(k, [n for n in named if n not in plain]) for k in KEEPS[-1:] if quick]
     if not quick:
         budgets = [*((k, [n for n in named if n not in plain]) for k in KEEPS), (None, plain)]
-    for keep, names in budgets:
+    for keep, names in ((k, some[i : i + TOGETHER]) for k, some in budgets for i in range(0, len(some), TOGETHER)):
         batch = [Row(n, keep) for n in names]
         lanes = (Pipeline(), *(lane_of(n, keep or 1.0) for n in names))
         for spec in _specs(plan, lanes, quick):
             for row, told in zip([rows[0], *batch], measure(spec, (FOUND, PERPLEXITY, KL), host), strict=True):
                 row.values.update(told.means)
         rows += batch
-    print(f"{plan.model}: {NEEDLES} needles in {NEEDLE_TOKENS} tokens; {WINDOWS} windows of {CONTEXT} + {SCORED} tokens")
-    print("| policy | keep | needles found | perplexity | KL to baseline |\n|---|---|---|---|---|")
+    needles, windows = _items(quick)
+    print(f"{plan.model}: {needles} needles in {NEEDLE_TOKENS} tokens; {windows} windows of {CONTEXT} + {SCORED} tokens")
+    print("| policy | keep | needles found | perplexity | KL to baseline, of the windows |\n|---|---|---|---|---|")
     for row in rows:
         found, perplexity, kl = (row.values.get(n) for n in (FOUND, PERPLEXITY, KL))
         cells = [row.policy, "" if row.keep is None else f"{row.keep:g}", *map(_cell, (found, perplexity, kl))]
@@ -57,10 +59,16 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _items(quick: bool) -> tuple[int, int]:
+    """How many needles and how many windows."""
+    return (2, 1) if quick else (NEEDLES, WINDOWS)
+
+
 def _specs(plan: Plan, lanes: tuple[Pipeline, ...], quick: bool) -> list[ExperimentSpec]:
     """The two experiments that score these lanes."""
-    needle = {"items": 2 if quick else NEEDLES, "length": NEEDLE_TOKENS}
-    perplexity = {"items": 1 if quick else WINDOWS, "context": CONTEXT, "score": SCORED}
+    needles, windows = _items(quick)
+    needle = {"items": needles, "length": NEEDLE_TOKENS}
+    perplexity = {"items": windows, "context": CONTEXT, "score": SCORED}
     return [
         ExperimentSpec(
             model=plan.model,
