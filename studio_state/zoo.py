@@ -84,6 +84,23 @@ class InRepo(_Source):
         return f"ships with the studio (assets/zoo/{self.folder})"
 
 
+class Rearranged(_Source):
+    """Another model of the zoo, its weights in another order: made once in the cache, without a download of its own.
+
+    Attributes:
+        base: zoo id of that model.
+        plan: file under ``assets/zoo`` that says what goes where.
+    """
+
+    kind: Literal["rearranged"] = "rearranged"
+    base: str
+    plan: str
+
+    def place(self) -> str:
+        """Where it comes from, in words."""
+        return f"made of {self.base} by a plan that ships with the studio (assets/zoo/{self.plan})"
+
+
 class ZooEntry(BaseModel):
     """One model of the zoo.
 
@@ -99,7 +116,7 @@ class ZooEntry(BaseModel):
     title: str
     family: Literal["llm", "vlm", "diffusion", "vit"]
     licence: str
-    source: Annotated[PackageFile | HubRepo | LocalFolder | InRepo, Field(discriminator="kind")]
+    source: Annotated[PackageFile | HubRepo | LocalFolder | InRepo | Rearranged, Field(discriminator="kind")]
     stored_bytes: int = Field(ge=0)
     traits: tuple[str, ...] = ()
     use: str
@@ -125,7 +142,7 @@ class Manifest(BaseModel):
     """
 
     id: str
-    source: PackageFile | HubRepo
+    source: PackageFile | HubRepo | Rearranged
     folder: str = "."
     files: dict[str, StoredFile]
     made_with: dict[str, str]

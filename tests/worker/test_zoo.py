@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 
 from studio_state.errors import ModelError
-from studio_state.zoo import InRepo, LocalFolder, PackageFile, ZooEntry, entries, home, location, read_manifest
+from studio_state.zoo import InRepo, LocalFolder, PackageFile, Rearranged, ZooEntry, entries, get, home, location, read_manifest
 from tests import tiny
+from workers.models import expert_split
 from workers.models.info import model_info
 from workers.models.load import load_model
 from workers.models.resolve import resolve
@@ -250,3 +252,29 @@ def test_the_demo_model_speaks() -> None:
     assert (
         tokenizer.decode(answer[0, chat["input_ids"].shape[1] :], skip_special_tokens=True) == "The capital of France is Paris."
     )
+
+
+def test_a_rearranged_model_is_made_of_its_base_once(tmp_path: Path) -> None:
+    base, plan = location(get("austen-target")), tmp_path / "plan.safetensors"
+    assert base is not None
+    config = expert_split.dense_config(base)
+    rows = [torch.randperm(config.intermediate_size) % expert_split.EXPERTS for _ in range(config.num_hidden_layers)]
+    router = torch.randn(config.num_hidden_layers, expert_split.EXPERTS, config.hidden_size)
+    expert_split.save_plan(expert_split.Plan(torch.stack(rows).to(torch.uint8), router.half()), plan)
+    source = Rearranged(base="austen-target", plan=str(plan))  # an absolute path stays one
+    entry = ZooEntry(
+        id="regrouped", title="Regrouped", family="llm", licence="Apache-2.0", source=source, stored_bytes=6_000_000, use="tests"
+    )
+    assert location(entry, tmp_path / "cache") is None
+    folder = fetch(entry, cache_root=tmp_path / "cache")
+    made, dense = load_tensors(folder / "model.safetensors"), load_tensors(base / "model.safetensors")
+    first = made["model.layers.0.mlp.experts.gate_up_proj"][3]
+    assert torch.equal(first.chunk(2)[0], dense["model.layers.0.mlp.gate_proj.weight"][rows[0] == 3])
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fetch(entry, cache_root=tmp_path / "cache") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    plan.unlink()
+    again = changed(entry, plan=str(tmp_path / "gone.safetensors"))
+    assert location(again, tmp_path / "cache") is None  # another plan, another model
+    with pytest.raises(ModelError, match="the plan .* is not there or damaged"):
+        fetch(again, cache_root=tmp_path / "cache")

