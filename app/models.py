@@ -92,8 +92,11 @@ def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
         return []
     kv = f" + {byte_quantity(estimate.kv_bytes)} KV" if estimate.kv_bytes else ""
     parts = f"{byte_quantity(estimate.weight_bytes)} weights{kv} + {byte_quantity(estimate.activation_bytes)} activations"
+    largest = max(estimate.lane_bytes, default=0)
+    lane = f"{byte_quantity(largest)} (lane {estimate.lane_bytes.index(largest)})" if largest > estimate.total else ""
     return [
         ("Memory, estimated", f"{byte_quantity(estimate.total)} ({parts})"),
+        *([("Largest lane", lane)] if lane else []),
         (
             "Free",
             f"{byte_quantity(estimate.free_bytes)} on {estimate.device}{'' if estimate.fits else ': the baseline does not fit'}",

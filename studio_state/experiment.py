@@ -156,7 +156,11 @@ class ModelInfo(BaseModel):
 
 
 class MemoryEstimate(BaseModel):
-    """Bytes expected on the device, all *estimated*."""
+    """Bytes expected on the device, all *estimated*.
+
+    Attributes:
+        lane_bytes: of the baseline's estimate: what each lane needs by itself, its policies and a draft model regarded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     weight_bytes: int
@@ -164,6 +168,7 @@ class MemoryEstimate(BaseModel):
     activation_bytes: int
     free_bytes: int
     device: str = "cpu"
+    lane_bytes: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:

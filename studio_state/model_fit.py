@@ -46,6 +46,8 @@ def model_misfits(card: Card, step: Step, model: ModelInfo) -> list[Misfit]:
     knobs = card.filled(step.knobs)
     for name, prop in card.knobs.get("properties", {}).items():
         value = knobs.get(name)
+        if any(knobs.get(other) not in allowed for other, allowed in prop.get("when", {}).items()):
+            continue
         if isinstance(value, int) and not isinstance(value, bool) and (found := _knob_misfit(name, value, prop, model)):
             out.append(found._replace(message=f"{card.title}: {found.message}"))
     return out

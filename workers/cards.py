@@ -10,7 +10,14 @@ from pydantic.fields import FieldInfo
 
 
 def knob(
-    default: Any, *, help: str, fits: str | None = None, format: str | None = None, group: str | None = None, **bounds: Any
+    default: Any,
+    *,
+    help: str,
+    fits: str | None = None,
+    when: dict[str, list[Any]] | None = None,
+    format: str | None = None,
+    group: str | None = None,
+    **bounds: Any,
 ) -> Any:
     """A bounded parameter.
 
@@ -19,11 +26,13 @@ def knob(
         help: what it does and which way it moves things.
         fits: what of the model bounds it: ``layers`` (an index), ``divides-widths``,
             ``divides-head``, ``context``. Checked before weights load.
+        when: values of other knobs at which it matters, for example ``{"bits": [4]}``; elsewhere ``fits`` is not checked.
         format: ``path`` = it may name a file or folder of this machine, which not every visitor may open.
         group: heading under which the form folds it away with others; None = always in view.
         bounds: pydantic's ``ge``, ``le``, ``gt``, ``lt``, ``multiple_of``, ``max_length``.
     """
-    extra: dict[str, Any] = {name: value for name, value in (("fits", fits), ("format", format), ("group", group)) if value}
+    given = {"fits": fits, "when": when, "format": format, "group": group}
+    extra: dict[str, Any] = {name: value for name, value in given.items() if value}
     field: FieldInfo = Field(default, description=help, json_schema_extra=extra or None, **bounds)
     return field
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from studio_state.errors import SpecError, StudioError
 from studio_state.events import (
@@ -26,11 +25,11 @@ from studio_state.events import (
     Phase,
     Started,
 )
-from studio_state.experiment import ExperimentSpec, MemoryEstimate
+from studio_state.experiment import ExperimentSpec
 from studio_state.problems import problems
 from workers import plan
 from workers.environment import environment, pick_device
-from workers.families.diffusion_model import DiffusionModel
+from workers.families.labels import labels_of
 from workers.host import ModelHost
 from workers.isolate import run_isolated
 from workers.lanes import Lane
@@ -92,11 +91,12 @@ def _run(
     if found:
         raise SpecError(found)
     pipelines = [effective(p) for p in spec.lanes]
-    estimate = plan.estimate(spec, info, device)
-    fitting = [plan.lane_fits(estimate, policies, plan.weight_bits(spec, info, device)) for policies in pipelines]
-    yield ModelLoaded(info=info, estimate=estimate, fits_baseline=fitting[0])
+    drafts = host.companions(pipelines, progress=lambda text, done: say(Phase(name="fetch", done=done, text=text)))
+    needs = plan.needs(spec, info, device, drafts)
+    fitting = [needs.lane(policies).fits for policies in pipelines]
+    yield ModelLoaded(info=info, estimate=needs.told(pipelines), fits_baseline=fitting[0])
     if not any(fitting):
-        raise StudioError(plan.too_large(info, estimate))
+        raise StudioError(plan.too_large(info, needs.baseline))
 
     def ready(session: Session) -> Session:
         session.is_cancelled, session.say = is_cancelled, Progress(say)
@@ -105,22 +105,24 @@ def _run(
     yield Phase(name="load", text=f"loading {info.name}")
     if fitting[0]:
         session, seconds = host.open(spec, info, device)
-        yield from _race(spec, ready(session), estimate, fitting, seconds)
+        yield from _race(spec, ready(session), needs, fitting, seconds)
         return
     for index, fits in enumerate(fitting):  # each lane is packed while it loads, and runs alone
         if not fits:
-            yield LaneFinished(lane=index, status="unavailable", message=plan.lane_too_large(info, estimate, index))
+            yield LaneFinished(
+                lane=index, status="unavailable", message=plan.lane_too_large(info, needs, index, pipelines[index])
+            )
     for index in [i for i, fits in enumerate(fitting) if fits]:
         session, seconds = host.open_compressed(spec, info, device, pipelines[index], Progress(say))
         alone = [i == index for i in range(len(fitting))]
-        yield from _race(spec, ready(session), estimate, alone, seconds, together=False)
+        yield from _race(spec, ready(session), needs, alone, seconds, together=False)
         host.unload()
 
 
 def _race(
     spec: ExperimentSpec,
     session: Session,
-    estimate: MemoryEstimate,
+    needs: plan.Needs,
     running: list[bool],
     load_seconds: float,
     together: bool | None = None,
@@ -137,12 +139,12 @@ def _race(
     race = Race(session, workload, [Lane(i, p, session) for i, p in enumerate(spec.lanes)])
     for lane, takes_part in zip(race.lanes, running, strict=True):
         if not takes_part:
-            lane.give_up("unavailable", plan.lane_too_large(session.info, estimate, lane.index))
+            lane.give_up("unavailable", plan.lane_too_large(session.info, needs, lane.index, lane.policies))
             if running[0]:
                 yield from lane.farewell()
     lanes = race.live()
     if together is None:
-        together = plan.fit_together(estimate, lanes, 8 * session.dtype.itemsize)
+        together = needs.fit_together([lane.policies for lane in lanes])
         if not together:
             yield Note(
                 text="the lanes do not fit into memory together: they run one after the other, not interleaved", level="warning"
@@ -153,15 +155,6 @@ def _race(
             yield from race.run(batches)
             yield from race.measure_memory(batches)
     yield from race.finish()
-
-
-def labels_of(model: Any) -> tuple[str, ...]:
-    """Names of the classes of a classifier, or of those that a pipeline draws; empty for other models."""
-    if isinstance(model, DiffusionModel):
-        return model.labels
-    if "ImageClassification" not in type(model).__name__:
-        return ()
-    return tuple(str(name) for _, name in sorted(model.config.id2label.items()))
 
 
 class Progress:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from studio_state.errors import Unavailable
+from studio_state.errors import StudioError, Unavailable
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from workers.families.base import Family
 from workers.families.diffusion import DiffusionFamily
@@ -19,12 +19,13 @@ from workers.families.llm import LanguageFamily
 from workers.families.vit import VisionFamily
 from workers.families.vlm import VisionLanguageFamily
 from workers.mechanisms.attention import NAME as ATTENTION
-from workers.mechanisms.linear import Places
+from workers.mechanisms.weight_places import Places
 from workers.methods import Policy, discover
 from workers.models.info import model_info
 from workers.models.lazy_load import load_compressed
 from workers.models.load import load_inputs, load_model, torch_dtype
 from workers.models.resolve import Resolved, resolve
+from workers.plan import companions
 from workers.session import Session
 
 FAMILIES: dict[str, type[Any]] = {
@@ -67,6 +68,26 @@ class ModelHost:
             spec.model, progress=lambda phase, done, text: progress(text or phase, done), trust_remote_code=spec.trust_remote_code
         )
         return model_info(self.resolved)
+
+    def companions(
+        self, lanes: Sequence[Sequence[Policy]], fetch: bool = True, progress: Progress = lambda text, done: None
+    ) -> dict[str, ModelInfo]:
+        """What is known of the models that run beside this one in some lane, by name; weights stay where they are.
+
+        One that cannot be found or read is left out: its lane says why when it is built.
+
+        Args:
+            fetch: False = only what is on this machine already.
+        """
+        found = {}
+        for name in dict.fromkeys(n for policies in lanes for n in companions(policies)):
+            try:
+                found[name] = model_info(
+                    resolve(name, fetch=fetch, progress=lambda phase, done, text: progress(text or phase, done))
+                )
+            except StudioError:
+                continue
+        return found
 
     def open(self, spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> tuple[Session, float]:
         """A session on the model, and the seconds that loading took (0 = it was warm).

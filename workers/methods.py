@@ -69,6 +69,13 @@ class Policy(Declared):
         """Expected KV bytes over the baseline's, for the memory estimate before loading."""
         return 1.0
 
+    def companion(self) -> str:
+        """The model that runs beside the lane's own, with weights and a cache of its own; empty = none.
+
+        For the memory estimate before loading.
+        """
+        return ""
+
     def why_idle(self, session: Session) -> str:
         """Why the policy may have changed nothing at these knobs, for the ``no effect`` flag."""
         return f"{self.card.title} changed nothing at these knobs; the prompts may be too short for its budget"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
-from workers.lanes import Lane
 from workers.methods import Policy
 from workers.models.fit import estimate as estimate_model
 from workers.models.load import torch_dtype
@@ -16,8 +16,12 @@ from workers.models.load import torch_dtype
 EXPECTED_TOKENS = 1024  # where the workload's lengths are not known yet
 
 
-def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> MemoryEstimate:
-    """Weights, KV and activations of the baseline next to the free memory."""
+def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device, dtype: torch.dtype | None = None) -> MemoryEstimate:
+    """Weights, KV and activations of a model without any policy next to the free memory.
+
+    Args:
+        dtype: number format of its weights; None = what the experiment says.
+    """
     if info.family == "diffusion":  # every picture's positions at once, and twice under guidance
         tokens, rows = max(1, info.context), 2 * spec.batch
     else:
@@ -26,7 +30,7 @@ def estimate(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> Mem
         info,
         tokens=tokens,
         batch=rows,
-        dtype=torch_dtype(spec.dtype, info.dtype, str(device)),
+        dtype=dtype or torch_dtype(spec.dtype, info.dtype, str(device)),
         device=str(device),
         attention=spec.attention,
         chunk=spec.chunk_size,
@@ -40,35 +44,67 @@ def expected_tokens(spec: ExperimentSpec, info: ModelInfo) -> int:
     return min(tokens, info.context) if info.context else tokens
 
 
-def weight_bits(spec: ExperimentSpec, info: ModelInfo, device: torch.device) -> int:
-    """Bits of one weight of the baseline."""
-    return 8 * torch_dtype(spec.dtype, info.dtype, str(device)).itemsize
+@dataclass(frozen=True)
+class Needs:
+    """What the lanes of an experiment need.
+
+    Attributes:
+        baseline: of the model itself.
+        bits: of one weight of the baseline.
+        beside: of each model that runs beside it in some lane, by name, in the baseline's number format.
+    """
+
+    baseline: MemoryEstimate
+    bits: int
+    beside: Mapping[str, MemoryEstimate] = field(default_factory=dict)
+
+    def lane(self, policies: Sequence[Policy]) -> MemoryEstimate:
+        """Of one lane by itself. A draft's cache counts in full, also where it is gone before the model's own grows."""
+        names = companions(policies)
+        drafts = [self.beside[n] for n in names if n in self.beside]
+        loaded = [self.beside[n] for n in dict.fromkeys(names) if n in self.beside]  # policies share the weights
+        base = self.baseline
+        return base.model_copy(
+            update={
+                "weight_bytes": self._weights(policies) + sum(d.weight_bytes for d in loaded),
+                "kv_bytes": int(base.kv_bytes * prod(p.kv_factor() for p in policies)) + sum(d.kv_bytes for d in drafts),
+                "activation_bytes": max(x.activation_bytes for x in (base, *loaded)),  # they run in turn
+            }
+        )
+
+    def told(self, lanes: Sequence[Sequence[Policy]]) -> MemoryEstimate:
+        """The baseline's estimate, with what each of these lanes needs."""
+        return self.baseline.model_copy(update={"lane_bytes": tuple(self.lane(policies).total for policies in lanes)})
+
+    def fit_together(self, lanes: Sequence[Sequence[Policy]]) -> bool:
+        """True if the base weights, every lane's replacements and every model beside it fit at the same time.
+
+        Caches and activations are of one lane at a time: the largest.
+        """
+        names = dict.fromkeys(n for policies in lanes for n in companions(policies) if n in self.beside)
+        weights = self.baseline.weight_bytes + sum(self.beside[n].weight_bytes for n in names)
+        weights += sum(self._weights(policies) for policies in lanes if any(p.card.alters_weights for p in policies))
+        alone = map(self.lane, ([], *lanes))
+        return weights + max(x.kv_bytes + x.activation_bytes for x in alone) <= self.baseline.free_bytes
+
+    def _weights(self, policies: Sequence[Policy]) -> int:
+        return int(self.baseline.weight_bytes * prod(p.weight_factor(self.bits) for p in policies))
 
 
-def lane_bytes(estimate: MemoryEstimate, policies: Sequence[Policy], bits: int) -> int:
-    """Bytes a lane needs by itself.
+def companions(policies: Sequence[Policy]) -> list[str]:
+    """Names of the models that run beside the lane's own, one a policy that has one."""
+    return [name for p in policies if (name := p.companion())]
+
+
+def needs(spec: ExperimentSpec, info: ModelInfo, device: torch.device, beside: Mapping[str, ModelInfo]) -> Needs:
+    """What lanes need, judged by what is known of the model and of those that run beside it.
 
     Args:
-        bits: of one weight of the baseline.
+        beside: draft models by name; one that is missing does not count.
     """
-    weights = prod(p.weight_factor(bits) for p in policies)
-    kv = prod(p.kv_factor() for p in policies)
-    return int(estimate.weight_bytes * weights + estimate.kv_bytes * kv + estimate.activation_bytes)
-
-
-def lane_fits(estimate: MemoryEstimate, policies: Sequence[Policy], bits: int) -> bool:
-    """True if the lane fits by itself."""
-    return lane_bytes(estimate, policies, bits) <= estimate.free_bytes
-
-
-def fit_together(estimate: MemoryEstimate, lanes: Sequence[Lane], bits: int) -> bool:
-    """True if the base weights and every lane's own replacements fit at the same time."""
-    extra = sum(
-        estimate.weight_bytes * prod(p.weight_factor(bits) for p in lane.policies)
-        for lane in lanes
-        if any(p.card.alters_weights for p in lane.policies)
-    )
-    return estimate.total + extra <= estimate.free_bytes
+    dtype = torch_dtype(spec.dtype, info.dtype, str(device))
+    drafts = {name: estimate(spec, draft, device, dtype) for name, draft in beside.items()}
+    return Needs(estimate(spec, info, device), 8 * dtype.itemsize, drafts)
 
 
 def gib(n: float) -> str:
@@ -85,7 +121,10 @@ def too_large(info: ModelInfo, estimate: MemoryEstimate) -> str:
     )
 
 
-def lane_too_large(info: ModelInfo, estimate: MemoryEstimate, lane: int) -> str:
+def lane_too_large(info: ModelInfo, needs: Needs, lane: int, policies: Sequence[Policy]) -> str:
     """Why one lane cannot run."""
     what = "no baseline on this device: " if lane == 0 else ""
-    return f"{what}{info.name} without enough compression needs about {gib(estimate.total)}, {gib(estimate.free_bytes)} are free on {estimate.device}"
+    need, beside = needs.lane(policies), companions(policies)
+    how = f"with {' and '.join(dict.fromkeys(beside))} beside it" if beside else "without enough compression"
+    advice = "; give a smaller draft_model, or none" if beside else ""
+    return f"{what}{info.name} {how} needs about {gib(need.total)}, {gib(need.free_bytes)} are free on {need.device}{advice}"

@@ -13,7 +13,7 @@ from studio_state.errors import ModelError, StudioError, WorkloadError
 from studio_state.events import Event, ItemStarted, LaneStarted, Note, Output, Phase
 from workers.families.base import RunTrace
 from workers.lanes import Lane, live
-from workers.mechanisms.linear import weight_metrics
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import so_far, summarize

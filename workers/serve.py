@@ -22,12 +22,13 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from studio_state.errors import StudioError
+from studio_state.errors import SpecError, StudioError
 from studio_state.events import TERMINAL, Event, Failed, Hello, ModelLoaded, Note, Phase
 from studio_state.experiment import ExperimentSpec
 from workers import engine, plan
 from workers.environment import environment, pick_device
 from workers.host import ModelHost
+from workers.methods import Policy, effective
 from workers.models.fit import free_memory
 from workers.models.zoo import fetch as fetch_zoo
 
@@ -131,8 +132,9 @@ class Server:
             data = request.get("spec") or {"workload": {"id": "prompts"}}
             spec = ExperimentSpec.model_validate({**data, "model": request.get("model") or data.get("model")})
             info = self.host.inspect(spec, lambda text, done: writer.write(Phase(name="fetch", done=done, text=text)))
-            estimate = plan.estimate(spec, info, pick_device(spec.device))
-            writer.write(ModelLoaded(info=info, estimate=estimate, fits_baseline=estimate.fits))
+            lanes = lanes_of(spec)
+            needs = plan.needs(spec, info, pick_device(spec.device), self.host.companions(lanes, fetch=False))
+            writer.write(ModelLoaded(info=info, estimate=needs.told(lanes), fits_baseline=needs.baseline.fits))
         except (StudioError, ValidationError) as e:
             writer.write(Failed(message=str(e), phase="inspect"))
         except Exception as e:
@@ -143,6 +145,14 @@ class Server:
                     detail=traceback.format_exc(),
                 )
             )
+
+
+def lanes_of(spec: ExperimentSpec) -> list[list[Policy]]:
+    """The policies of each lane; none at all where a pipeline cannot run as it is, of which the screen tells."""
+    try:
+        return [effective(pipeline) for pipeline in spec.lanes]
+    except SpecError:
+        return []
 
 
 def run_once(spec: str, experiment: str, out: IO[str]) -> int:

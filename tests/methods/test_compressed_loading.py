@@ -18,7 +18,9 @@ from tests import tiny
 from tests.methods.driving import attached, forced, generate, make_session, prompt, tokens
 from workers.families.llm import LanguageFamily
 from workers.mechanisms import attention
-from workers.mechanisms.linear import Places, Replacement, held_bytes, weight_metrics
+from workers.mechanisms.linear import Replacement, held_bytes
+from workers.mechanisms.weight_places import Places
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.models.lazy_load import Compressed, load_compressed
 from workers.models.resolve import resolve
 from workers.policies.prune.magnitude import Magnitude

@@ -23,7 +23,7 @@ from studio_state.metrics import METRICS
 from studio_state.pipeline import Pipeline, Step
 from studio_state.problems import pipeline_problems
 from tests.methods.driving import attached, folder_for, forced, generate, make_session, prompt, repetitive_prompt, tokens
-from workers.mechanisms.linear import weight_metrics
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.methods import Policy, catalogue, discover
 from workers.session import Session
 

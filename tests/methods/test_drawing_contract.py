@@ -18,8 +18,10 @@ from studio_state.pipeline import Pipeline, Step
 from studio_state.problems import pipeline_problems
 from tests import tiny
 from tests.methods.drawing import OWN, condition, draw, drawing_session, same_pictures
+from tests.methods.driving import attached
 from tests.tiny_diffusion import BUILDERS
 from workers.families.base import RunTrace
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.methods import Policy, catalogue, discover, effective
 
 POLICIES = {n: cls for n, cls in discover().items() if "diffusion" in cls.card.families}
@@ -67,9 +69,12 @@ def test_a_policy_moves_what_it_promises_or_is_refused(name: str, model: str) ->
     assert condition(session) == before
     assert session.acted.get(name, 0) > 0
     assert set(trace.counts) <= set(METRICS)
+    bare = weight_metrics(session)
+    with attached(session, policy_of(name)):
+        held = weight_metrics(session)
     for metric, way in card.effects.items():
-        old, new = plain.counts.get(metric, 0.0), trace.counts.get(metric, 0.0)
-        assert new < old if way == "down" else new > old, f"{metric}: {old} -> {new}"
+        old, new = ({**counts, **weights}.get(metric, 0.0) for counts, weights in ((plain.counts, bare), (trace.counts, held)))
+        assert {"down": new < old, "up": new > old, "same": new == old}[way], f"{metric}: {old} -> {new}"
     assert not same_pictures(plain, trace)
     assert same_pictures(plain, draw(session))  # nothing stays
     if card.neutral:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from studio_state.errors import SpecError
 from tests import tiny
 from tests.methods.driving import attached, forced, make_session, prompt
-from workers.mechanisms.linear import weight_bytes
+from workers.mechanisms.weight_policy import weight_bytes
 from workers.policies.quantize.dynamic_int8 import DynamicInt8, DynamicInt8Linear, quantise
 
 

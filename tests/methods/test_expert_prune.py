@@ -22,7 +22,8 @@ from workers.mechanisms import attention
 from workers.mechanisms.expert_load import counting_experts
 from workers.mechanisms.expert_scores import WINDOW, calibration_windows, expert_scores
 from workers.mechanisms.experts import MoEBlock, blocks, without_experts
-from workers.mechanisms.linear import held_bytes, weight_bytes, weight_metrics
+from workers.mechanisms.linear import held_bytes
+from workers.mechanisms.weight_policy import weight_bytes, weight_metrics
 from workers.methods import catalogue
 from workers.policies.prune.expert_prune import ExpertPrune, best
 from workers.policies.prune.magnitude import Magnitude

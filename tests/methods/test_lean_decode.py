@@ -19,7 +19,7 @@ from workers.families.batches import State, make_batch
 from workers.mechanisms import attention, onednn
 from workers.mechanisms.kv_store import FloatStore
 from workers.mechanisms.lean import Norm, RotaryTable, rotate
-from workers.mechanisms.linear import weight_bytes
+from workers.mechanisms.weight_policy import weight_bytes
 from workers.methods import Policy
 from workers.policies.kv.kivi import Kivi
 from workers.policies.kv.snapkv import SnapKV

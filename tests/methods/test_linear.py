@@ -8,16 +8,9 @@ from torch import nn
 
 from tests import tiny
 from tests.methods.driving import attached, generate, make_session, prompt, tokens
-from workers.mechanisms.linear import (
-    DenseLinear,
-    Replacement,
-    find_places,
-    held_bytes,
-    places,
-    replacements,
-    weight_bytes,
-    weight_metrics,
-)
+from workers.mechanisms.linear import DenseLinear, Replacement, held_bytes
+from workers.mechanisms.weight_places import find_places, places
+from workers.mechanisms.weight_policy import replacements, weight_bytes, weight_metrics
 from workers.policies.prune.magnitude import Magnitude
 from workers.policies.quantize.rtn import RoundToNearest
 

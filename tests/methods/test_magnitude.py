@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.methods.driving import attached, forced, generate, make_session, prompt, tokens
-from workers.mechanisms.linear import places, weight_bytes, weight_metrics
+from workers.mechanisms.weight_places import places
+from workers.mechanisms.weight_policy import weight_bytes, weight_metrics
 from workers.policies.prune.magnitude import Magnitude, prune
 from workers.policies.quantize.rtn import RoundToNearest
 

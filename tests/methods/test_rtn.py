@@ -13,8 +13,8 @@ from studio_state.errors import SpecError
 from tests import tiny
 from tests.methods.driving import attached, forced, generate, make_session, prompt, tokens
 from workers.mechanisms import packing
-from workers.mechanisms.linear import weight_bytes
 from workers.mechanisms.packed_linear import Int4Linear, Int8Linear, PackedLinear
+from workers.mechanisms.weight_policy import weight_bytes
 from workers.policies.quantize.rtn import RoundToNearest
 
 MATRICES: dict[str, Callable[[], Tensor]] = {

@@ -18,8 +18,9 @@ from workers.families.batches import State
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.drafting import DraftModel
-from workers.mechanisms.linear import held_bytes, weight_metrics
+from workers.mechanisms.linear import held_bytes
 from workers.mechanisms.look_ahead import Waiting, best_votes
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.policies.kv.speckv import SpecKV
 
 PROMPT = prompt(60, seed=2)

@@ -38,9 +38,10 @@ from workers.engine import run as run_experiment
 from workers.families.base import RunTrace
 from workers.families.llm import Generation
 from workers.mechanisms.drafting import DraftModel, FirstLayers, SmallModel, as_wide, common, load_draft, shared_ids
-from workers.mechanisms.linear import held_bytes, weight_metrics
+from workers.mechanisms.linear import held_bytes
 from workers.mechanisms.sampling import Sampler
 from workers.mechanisms.speculation import verify
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.methods import catalogue, effective
 from workers.policies.decode.speculative import Speculative
 from workers.session import Cancelled, Session

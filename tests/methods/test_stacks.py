@@ -46,6 +46,16 @@ LEGAL = (
     "promptdistill:truncate=true+prompt-lookup",
     "promptdistill+snapkv+kivi+lean-decode",
     "magnitude+rtn+promptdistill+knorm+kivi+lean-decode",
+    "gemfilter+snapkv",
+    "deltallm+snapkv+lean-decode",
+    "snapkv+think",
+    "h2o+gear",
+    "streamingllm+minicache",  # all layers keep the same positions
+    "innovation-cache+minicache",
+    "quest+kivi+lean-decode",
+    "tova+kivi",
+    "cam:when=prefill+gear",  # merged before anything is packed
+    "look-m:when=both,merge=none,every=4+think",  # nothing is written into what is stored
     "expert-prune+top-k-experts",
     "magnitude+expert-prune+rtn+snapkv+top-k-experts",
     "lean-decode+kivi+snapkv+rtn",  # written in any order
@@ -64,9 +74,23 @@ ILLEGAL = {
     "promptdistill:truncate=true+h2o": "kv.length",
     "promptdistill:truncate=true+knorm": "kv.length",
     "promptdistill:truncate=true+streamingllm": "kv.length",
+    "tova+finch": "kv.length",
+    "gemfilter+promptdistill": "tokens.prompt",
+    "gear+kivi": "kv.dtype",
+    "think+kivi": "kv.dtype",  # the paper joins them; here a store has one form
     "rtn+dynamic-int8": "weights.format",
     "rtn:bits=4+dynamic-int8": "weights.format",
     "magnitude+rtn+dynamic-int8+lean-decode": "weights.format",
+    # what is written in full precision, and what packs it
+    "deltallm+kivi": "kv.dtype",
+    "cam+gear": "kv.dtype",
+    "look-m:when=both+think": "kv.dtype",
+    # layers that share what they keep, or tell a token's likelihood, must all hold it
+    "minicache+snapkv": "kv.uniform",
+    "streamingllm:layers=pyramid+minicache": "kv.uniform",
+    "innovation-cache:layers=given+minicache": "kv.uniform",
+    "promptdistill+innovation-cache": "kv.uniform",
+    "promptdistill:truncate=true,stages=2,truncate_stages=1+minicache": "kv.uniform",
     # the same twice
     "snapkv+snapkv": "twice",
     "snapkv:keep=0.5+kivi+snapkv:keep=0.25": "twice",
@@ -82,6 +106,7 @@ ILLEGAL = {
     "knorm+prompt-lookup": "kv.rollback",
     "streamingllm+prompt-lookup": "kv.rollback",
     "kivi+prompt-lookup": "kv.rollback",
+    "deltallm+prompt-lookup": "kv.rollback",
     "prompt-lookup+kivi": "kv.rollback",
     "rtn+snapkv+prompt-lookup+lean-decode": "kv.rollback",
     # unknown things

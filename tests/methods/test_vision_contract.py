@@ -29,8 +29,8 @@ from tests.methods.test_contract import condition
 from tests.tiny import SENTENCES
 from workers.families.base import RunTrace
 from workers.mechanisms.attention import active_forward
-from workers.mechanisms.linear import weight_metrics
 from workers.mechanisms.vision_attention import VisionCall, active_vision
+from workers.mechanisms.weight_policy import weight_metrics
 from workers.methods import Policy, catalogue, discover, effective
 from workers.session import Session
 from workers.workloads.base import Item

@@ -42,7 +42,7 @@ class DiffusionFamily:
         return model.denoiser
 
     def parts(self, model: Any) -> dict[str, list[str]]:
-        """Blocks, attentions and linear maps of the denoiser."""
+        """Blocks, attentions, linear maps and convolutions of the denoiser."""
         names = {id(m): n for n, m in model.named_modules()}
         inside = list(model.denoiser.modules())
         lists = [m for n, m in model.denoiser.named_children() if isinstance(m, nn.ModuleList) and n.endswith("blocks")]
@@ -50,6 +50,7 @@ class DiffusionFamily:
             "layers": [names[id(block)] for blocks in lists for block in blocks],
             "attentions": [names[id(m)] for m in inside if hasattr(m, "to_q") and hasattr(m, "to_k")],
             "linears": [names[id(m)] for m in inside if isinstance(m, nn.Linear)],
+            "convolutions": [names[id(m)] for m in inside if isinstance(m, nn.Conv2d) and m.groups == 1],
         }
 
     def warm_up_item(self, session: Session, like: Item) -> Item:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 ATTENTIONS = ("self_attn", "attention", "attn")
-MIXERS = ("self_attn", "mixer", "mamba", "linear_attn")  # how a layer mixes positions: by attention or by a running state
+MIXERS = (*ATTENTIONS, "mixer", "mamba", "linear_attn")  # how a layer mixes positions: by attention or by a running state
 TOWERS = ("vision_tower", "vision_model", "visual")
 PROJECTORS = ("multi_modal_projector", "connector")
 DECODERS = ("language_model", "text_model")
@@ -24,9 +25,9 @@ def language_parts(model: Any, inside: nn.Module) -> dict[str, list[str]]:
     ]
     prefix = min(lists, key=len) if lists else ""
     layers = [f"{prefix}.{i}" for i in range(len(names[prefix]))] if lists else []
-    linears = [n for n, m in names.items() if isinstance(m, nn.Linear) and lists and n.startswith(prefix + ".")]
+    linears = [n for n, m in names.items() if isinstance(m, nn.Linear | Conv1D) and lists and n.startswith(prefix + ".")]
     head = [n for n, m in names.items() if isinstance(m, nn.Linear) and m is model.get_output_embeddings()]
-    attending = [f"{n}.self_attn" for n in layers if f"{n}.self_attn" in names]
+    attending = [f"{n}.{attention_name(names[n])}" for n in layers if attention_name(names[n])]
     return {"layers": layers, "attentions": attending, "linears": linears, "head": head}
 
 

@@ -138,8 +138,12 @@ class Drafts(Policy):
 
     def prepare(self, session: Session) -> None:
         """Load the draft model."""
-        if self.draft_model and not self.is_neutral:
+        if self.companion():
             self._loaded(session)
+
+    def companion(self) -> str:
+        """The draft model."""
+        return "" if self.is_neutral else self.draft_model
 
     def _loaded(self, session: Session) -> DraftModel:
         """The draft model, loaded once per experiment, for all lanes that name it."""

@@ -14,6 +14,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from studio_state.errors import SpecError
+from studio_state.resources import Use
 from workers.cards import knob
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.eviction import FREE, Guarded, Kept, When, budgets, evicting, keep_best, keep_best_of_all
@@ -33,6 +34,11 @@ EVICTS: dict[str, Any] = {
     "hopes": {"decode_tokens_per_s": "up"},
     "neutral": {"keep": 1.0},
 }  # what the cards of evictors have in common
+UNEVEN = Use(resource="kv.uniform", mode="spoils", when={"layers": ["pyramid", "given"]})
+SAME_EVERYWHERE: dict[str, Any] = EVICTS | {
+    "spoils": ("kv.rollback",),
+    "uses": (UNEVEN,),
+}  # of those that keep the same in all layers
 
 
 class Budgeted(Policy):

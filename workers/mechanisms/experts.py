@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.errors import Unavailable
+from workers.mechanisms.expert_linears import ExpertLinears
 from workers.session import Session
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def without_experts(session: Session, kept: Mapping[MoEBlock, Tensor]) -> dict[s
 
 def _cut(module: nn.Module, stay: Tensor) -> nn.Module:
     """A copy whose tensors have only these entries of their first dimension; it shares the library's config."""
+    if isinstance(module, ExpertLinears):
+        return module.subset(stay)
     seen: dict[int, Any] = {
         id(p): nn.Parameter(p.detach()[stay.to(p.device)], requires_grad=False) for p in module.parameters(recurse=False)
     }

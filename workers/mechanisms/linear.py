@@ -1,10 +1,7 @@
-"""Other modules in the place of a model's linear maps: built once, swapped in and out, bytes counted.
+"""What stands in for a linear map of a model, and how its bytes are counted.
 
-A policy that alters weights says only what stands in for one module (:class:`WeightPolicy`); this
-file does the rest. A replacement is cached under (policy with its knobs, module name, the module it
-was built from). What stands at that name while earlier policies are attached *is* the module it is
-built from, so ``magnitude+rtn`` packs the pruned weights, ``rtn`` alone packs the original ones, and
-both are kept side by side. The originals are never edited.
+Who puts it there is :mod:`workers.mechanisms.weight_policy`. A linear map is the library's ``nn.Linear``, the transposed
+one of GPT-2, a convolution seen as a matrix with a row an output channel, or another replacement.
 
 Shapes: N output rows, K inputs.
 """
@@ -12,19 +9,13 @@ Shapes: N output rows, K inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from workers.families.base import Family
-    from workers.session import Session
+from transformers.pytorch_utils import Conv1D
 
 
 class Replacement(nn.Module, ABC):
@@ -48,6 +39,16 @@ class Replacement(nn.Module, ABC):
     def nbytes(self) -> int:
         """Bytes of its own storages, scales and paddings included; shared ones once."""
         return held_bytes([self])
+
+    @property
+    def bits(self) -> float:
+        """Bits of one weight's code, without scales and padding."""
+        return 8.0 * self.matrix().element_size()
+
+    def ledger(self) -> dict[str, int]:
+        """Where its bytes go: ``codes``, ``scales``, ``padding``, ``bias``; they add up to :meth:`nbytes`."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return {"codes": self.nbytes() - bias, "scales": 0, "padding": 0, "bias": bias}
 
     def hidden_bytes(self) -> int:
         """Bytes that no tensor of this module shows (weights packed inside a library's object)."""
@@ -99,6 +100,11 @@ class DenseLinear(Replacement):
         """[..., K] -> [..., N]."""
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def bits(self) -> float:
+        """Those of the number format."""
+        return 8.0 * self.weight.element_size()
+
     def matrix(self) -> Tensor:
         """The weights as float32 [N, K]."""
         return self.weight.float()
@@ -131,110 +137,56 @@ class Lookup(nn.Module):
         return rows.to(self.dtype).unflatten(0, ids.shape)
 
 
-class WeightPolicy(Protocol):
-    """What this file asks of a policy that alters weights; it must be hashable by its knobs."""
+class Convolved(nn.Module):
+    """A convolution whose weights a replacement holds; they are unpacked for every call.
 
-    card: Any  # ClassVar[Card]
+    Args:
+        inner: the weights as [N, C * h * w].
+        like: the convolution whose geometry it has.
+    """
 
-    def replacement(self, source: nn.Module, head: bool) -> Replacement | None:
-        """What stands in for one linear module (``head``: the output head); None leaves it alone."""
-        ...
+    def __init__(self, inner: Replacement, like: nn.Conv2d | Convolved):
+        super().__init__()
+        self.inner = inner
+        self.window, self.stride, self.padding, self.dilation = like.window if isinstance(like, Convolved) else like.kernel_size, like.stride, like.padding, like.dilation  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Places:
-    """Names of the linear maps of a bare model: inside the layers, the output head, the embedding tied to it."""
-
-    linears: tuple[str, ...]
-    head: str | None
-    embedding: str | None
-
-
-def find_places(family: Family, model: nn.Module) -> Places:
-    """Look through a model that no policy has changed."""
-    parts = family.parts(model)
-    head = next(iter(parts.get("head", [])), None)
-    embedding = model.get_input_embeddings() if head and hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    tied = isinstance(embedding, nn.Embedding) and embedding.weight is model.get_submodule(str(head)).weight
-    name = next((n for n, m in model.named_modules() if m is embedding), None) if tied else None
-    return Places(tuple(parts["linears"]), head, name)
-
-
-def places(session: Session) -> Places:
-    """The same, found once per experiment: by the first policy that asks, before anything is swapped."""
-    found: Places = session.once(Places, lambda: find_places(session.family, session.model))
-    return found
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, H', W']."""
+        weight = self.inner.matrix().to(x.dtype).view(self.inner.out_features, -1, *self.window)
+        bias = None if self.inner.bias is None else self.inner.bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
 
 def is_linear(module: nn.Module) -> bool:
     """True for linear maps, the library's or a replacement."""
-    return isinstance(module, nn.Linear | Replacement)
+    return isinstance(module, nn.Linear | Conv1D | Replacement)
 
 
-def matrix_of(module: nn.Module) -> Tensor:
-    """Weights [N, K] of a linear module or of a replacement (as another policy left them)."""
-    return module.matrix() if isinstance(module, Replacement) else module.weight  # type: ignore[return-value]
+def matrix_of(module: Any) -> Tensor:
+    """Weights [N, K] of a linear module, a convolution or a replacement (as another policy left them)."""
+    if isinstance(module, Convolved):
+        module = module.inner
+    if isinstance(module, Replacement):
+        return module.matrix()
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
 
 
-def bias_of(module: nn.Module) -> Tensor | None:
+def bias_of(module: Any) -> Tensor | None:
     """Its bias [N], detached."""
-    bias = getattr(module, "bias", None)
+    bias = getattr(module.inner if isinstance(module, Convolved) else module, "bias", None)
     return None if bias is None else bias.detach()
+
+
+def zeros_of(module: Any) -> int | None:
+    """Weights that a policy masked in it; None where none did."""
+    return getattr(module.inner if isinstance(module, Convolved) else module, "zeros", None)
 
 
 def join_bias(parts: Iterable[Any]) -> Tensor | None:
     """Biases of parts that all have one, or None."""
     biases = [p.bias for p in parts if p.bias is not None]
     return torch.cat(biases) if biases else None
-
-
-@torch.no_grad()
-def build(policy: WeightPolicy, source: nn.Module, head: bool) -> Replacement | None:
-    """One replacement. The zeros of a masked source are counted again, as they are after the policy."""
-    new = policy.replacement(source, head)
-    if new is not None and new.zeros is None and getattr(source, "zeros", None) is not None:
-        new.zeros = int((new.matrix() == 0).sum())
-    return new
-
-
-def replacements(session: Session, policy: WeightPolicy) -> dict[str, nn.Module]:
-    """What a policy puts into the model as it stands now, by qualified name; built on the first call.
-
-    A module that this very policy made while the model was loaded is returned as it is.
-
-    Raises:
-        SpecError: a weight that the policy cannot take.
-    """
-    spots, found = places(session), {}  # type: Places, dict[str, nn.Module]
-    names = [*spots.linears, *([spots.head] if spots.head else [])]
-    for i, name in enumerate(names):
-        source = session.model.get_submodule(name)
-        if policy in getattr(source, "made_by", ()):
-            found[name] = source
-            continue
-        key = (policy, name, source)
-        if key not in session.built:
-            session.check_cancelled()
-            session.say(f"{policy.card.title}: {name}", i / len(names))
-        new = session.once(key, partial(build, policy, source, name == spots.head))
-        if new is not None:
-            found[name] = new
-    if spots.embedding and spots.head in found and found[spots.head] is not session.model.get_submodule(spots.head):
-        lookup = session.once((policy, spots.embedding, found[spots.head]), partial(found[spots.head].lookup, session.dtype))  # type: ignore[arg-type]
-        if lookup is not None:
-            found[spots.embedding] = lookup
-    return found
-
-
-@contextmanager
-def replacing(session: Session, policy: WeightPolicy) -> Iterator[None]:
-    """Have a policy's replacements in the model for a while."""
-    modules = replacements(session, policy)
-    count = sum(isinstance(m, Replacement) for m in modules.values())
-    if count:
-        session.did(policy.card.id, count)
-    with session.swapped(modules):
-        yield
 
 
 def held_bytes(modules: Iterable[nn.Module]) -> int:
@@ -255,18 +207,3 @@ def held_bytes(modules: Iterable[nn.Module]) -> int:
 
 def _extent(t: Tensor) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
-
-
-def weight_bytes(session: Session) -> int:
-    """Bytes of the weights of the lane whose policies are attached now, those of a draft model included."""
-    return held_bytes([session.model, *session.companions])
-
-
-def weight_metrics(session: Session) -> dict[str, float]:
-    """``weight_bytes``, ``replaced_modules`` and (where weights are masked) ``zero_weights`` of the attached lane."""
-    new = [m for m in session.model.modules() if isinstance(m, Replacement)]
-    out = {"weight_bytes": float(weight_bytes(session)), "replaced_modules": float(sum(m.replaces for m in new))}
-    masked = [m for m in new if m.zeros is not None]
-    if masked:
-        out["zero_weights"] = sum(m.zeros or 0 for m in masked) / sum(m.in_features * m.out_features for m in masked)
-    return out

@@ -1,4 +1,4 @@
-"""Linear maps that keep their weights packed in 8 or 4 bits and multiply with float activations.
+"""Linear maps that keep their weights packed in 8 bits or fewer and multiply with float activations.
 
 Few rows (decode, scoring) go through PyTorch's weight-only CPU kernels, which read bfloat16
 activations and return bfloat16: with a float32 model the input and output of each such map are
@@ -36,7 +36,7 @@ class PackedLinear(Replacement):
         """[..., K] -> [..., N] in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         if rows.shape[0] <= self.kernel_rows and x.device.type == "cpu":
-            y = self.kernel(rows.bfloat16()).to(x.dtype)
+            y = self.kernel(rows.bfloat16().contiguous()).to(x.dtype)
         else:
             y = torch.cat([F.linear(rows, self.unpacked(a, x.dtype)) for a in range(0, self.out_features, self.STEP)], -1)
         if self.bias is not None:
@@ -79,6 +79,12 @@ class Int8Linear(PackedLinear):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.kernel_rows = _INT8_KERNEL_ROWS if self.in_features % _KERNEL_WIDTH == 0 else 0
+
+    bits = 8.0
+
+    def ledger(self) -> dict[str, int]:
+        """A byte a code, two a row's scale."""
+        return {**super().ledger(), "codes": self.codes.numel(), "scales": 2 * self.scales.numel()}
 
     @classmethod
     def of(cls, source: nn.Module) -> Int8Linear:
@@ -125,20 +131,33 @@ class Int4Linear(PackedLinear):
         has_kernel = self.group in packing.KERNEL_GROUPS and 2 * packed.shape[2] == packing.kernel_block()
         self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
 
+    bits = 4.0
+
+    def ledger(self) -> dict[str, int]:
+        """Half a byte a code, four a group; the padding of both is told apart."""
+        codes, scales = self.out_features * self.in_features // 2, 4 * self.grid.shape[0] * self.out_features
+        padding = self.packed.numel() - codes + 2 * self.grid.numel() - scales
+        return {**super().ledger(), "codes": codes, "scales": scales, "padding": padding}
+
     @classmethod
     def of(cls, source: nn.Module, group: int) -> Int4Linear:
         """Round the weights of a linear module; K must be a multiple of ``group``."""
-        weight, block = matrix_of(source).detach(), packing.kernel_block() or packing.BLOCK
-        n, k = weight.shape
+        weight = matrix_of(source).detach()
+        pieces = [packing.round_groups(piece, group) for piece in weight.split(packing.ROW_CHUNK)]
+        return cls.stored(torch.cat([c for c, _ in pieces]), torch.cat([g for _, g in pieces], 1), bias_of(source))
+
+    @classmethod
+    def stored(cls, codes: Tensor, grid: Tensor, bias: Tensor | None) -> Int4Linear:
+        """Codes uint8 [N, K] on a grid [K/g, N, 2], packed."""
+        block, (n, k) = packing.kernel_block() or packing.BLOCK, codes.shape
         height = packing.padded_rows(n)
-        packed = torch.empty(height // block, k, block // 2, dtype=torch.uint8, device=weight.device)
-        grid = torch.empty(k // group, height, 2, dtype=torch.bfloat16, device=weight.device)
+        packed = torch.empty(height // block, k, block // 2, dtype=torch.uint8, device=codes.device)
         for a in range(0, n, packing.ROW_CHUNK):
-            piece = weight[a : a + packing.ROW_CHUNK]
+            piece = codes[a : a + packing.ROW_CHUNK]
             b = a + packing.padded_rows(len(piece))
-            codes, grid[:, a:b] = packing.round_groups(F.pad(piece, (0, 0, 0, b - a - len(piece))), group)
-            packed[a // block : b // block] = packing.pack(codes, block)
-        return cls(packed, grid, n, bias_of(source))
+            packed[a // block : b // block] = packing.pack(F.pad(piece, (0, 0, 0, b - a - len(piece)), value=8), block)
+        scale, zero = F.pad(grid[..., 0], (0, height - n), value=1.0), F.pad(grid[..., 1], (0, height - n))
+        return cls(packed, torch.stack([scale, zero], -1), n, bias)
 
     def kernel(self, x: Tensor) -> Tensor:
         """bfloat16 [m, K] -> bfloat16 [m, N]."""
@@ -175,3 +194,70 @@ class Int4Linear(PackedLinear):
         codes = torch.cat([packing.unpack(p.packed)[:, : p.out_features] for p in parts], 1).T
         grid = torch.cat([p.grid[:, : p.out_features] for p in parts], 1)
         return cls(packing.pack(F.pad(codes, (0, 0, 0, fill)), block), F.pad(grid, (0, 0, 0, fill)), rows, bias)
+
+
+class BitPlaneLinear(PackedLinear):
+    """Any number of bits by group, a plane of bits for each: no CPU kernel reads it, every call unpacks it.
+
+    Args:
+        planes: uint8 [b, N, K/8] (:func:`workers.mechanisms.packing.pack_planes`); grid: bfloat16 [K/g, N, 2] (scale, zero); bias: [N].
+    """
+
+    planes: Tensor
+    grid: Tensor
+    kernel_rows = 0
+
+    def __init__(self, planes: Tensor, grid: Tensor, bias: Tensor | None):
+        super().__init__(8 * planes.shape[2], planes.shape[1], bias)
+        self.register_buffer("planes", planes)
+        self.register_buffer("grid", grid)
+
+    @property
+    def bits(self) -> float:
+        """One a plane."""
+        return float(self.planes.shape[0])
+
+    def ledger(self) -> dict[str, int]:
+        """The planes, and four bytes a group."""
+        return {**super().ledger(), "codes": self.planes.numel(), "scales": 2 * self.grid.numel()}
+
+    @classmethod
+    def stored(cls, codes: Tensor, grid: Tensor, bits: int, bias: Tensor | None) -> BitPlaneLinear:
+        """Codes uint8 [N, K] on a grid [K/g, N, 2], packed; K must be a multiple of 8."""
+        return cls(packing.pack_planes(codes, bits), grid, bias)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """Never called: there is none."""
+        raise NotImplementedError("no kernel reads bit planes")
+
+    def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows [n, K]."""
+        return self._values(self.planes[:, start : start + self.STEP], self.grid[:, start : start + self.STEP]).to(dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, K]."""
+        return self._values(self.planes[:, ids], self.grid[:, ids])
+
+    def _values(self, planes: Tensor, grid: Tensor) -> Tensor:
+        return packing.dequantise(packing.unpack_planes(planes).T, grid, len(planes)).T
+
+    def layout(self) -> Hashable:
+        """Same bits and group."""
+        return (*super().layout(), len(self.planes), self.grid.shape[0])  # type: ignore[misc]
+
+    @classmethod
+    def joined(cls, parts: Sequence[BitPlaneLinear]) -> BitPlaneLinear:
+        """Rows of all parts."""
+        return cls(torch.cat([p.planes for p in parts], 1), torch.cat([p.grid for p in parts], 1), join_bias(parts))
+
+
+def stored(codes: Tensor, grid: Tensor, bits: int, bias: Tensor | None) -> PackedLinear:
+    """Codes uint8 [N, K] on a grid [K/g, N, 2] in the form that is fastest on a CPU.
+
+    Whoever chooses codes (by rounding, by error feedback, by search) hands them over here.
+    """
+    if bits == 8 and grid.shape[0] == 1 and not grid[..., 1].any():
+        return Int8Linear((codes.to(torch.int16) - 128).clamp(min=-127).to(torch.int8), grid[0, :, 0].contiguous(), bias)
+    if bits == 4 and codes.shape[1] // grid.shape[0] in packing.KERNEL_GROUPS:
+        return Int4Linear.stored(codes, grid, bias)
+    return BitPlaneLinear.stored(codes, grid, bits, bias)

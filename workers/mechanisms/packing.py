@@ -4,11 +4,11 @@ Two formats, both with bfloat16 grids (what the CPU kernels of PyTorch read); th
 first and the codes are chosen on the rounded grid, so the error stays within half a step.
 
 * 8 bits by row: ``w ~ code * scale[row]``, codes -127..127, symmetric.
-* 4 bits by group of ``g`` inputs: ``w ~ (code - 8) * scale + zero``, codes 0..15. ``zero`` centres
-  the grid on the group's range; a group that holds exact zeros (a pruned one) gets ``zero`` = 0, so
-  that zeros stay zeros.
+* b bits by group of ``g`` inputs: ``w ~ (code - 2^(b-1)) * scale + zero``, codes 0..2^b - 1. ``zero``
+  centres the grid on the group's range; a group that holds exact zeros (a pruned one) gets ``zero`` = 0,
+  so that zeros stay zeros.
 
-Shapes: N output rows, K inputs, g group, B rows of one packed block.
+Shapes: N output rows, K inputs, g group, b bits, B rows of one packed block.
 """
 
 from __future__ import annotations
@@ -27,28 +27,60 @@ _COARSE = 2.0**-7  # steps are not finer than this share of the group's centre, 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round [N, K] to 8 bits by row: codes int8 [N, K], scales bfloat16 [N]. |w - w'| <= scale / 2."""
-    weight = weight.float()
-    scales = (weight.abs().amax(1) / 127 * _UP).bfloat16()
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (weight / scales.float()[:, None]).round_().to(torch.int8), scales
+    scales = row_scales(weight)
+    return (weight.float() / scales.float()[:, None]).round_().to(torch.int8), scales
 
 
-def round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round [N, K] to 4 bits by group: codes uint8 [N, K], grid (scale, zero) bfloat16 [K/g, N, 2].
+def round_groups(weight: Tensor, group: int, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Round [N, K] by group: codes uint8 [N, K], grid (scale, zero) bfloat16 [K/g, N, 2].
 
     |w - w'| <= scale / 2 everywhere; K must be a multiple of ``group``.
     """
+    grid = fit_groups(weight, group, bits)
+    return encode(weight, grid, bits), grid
+
+
+def fit_groups(weight: Tensor, group: int, bits: int, shrink: float | Tensor = 1.0) -> Tensor:
+    """The grid (scale, zero) bfloat16 [K/g, N, 2] that spans each group of [N, K].
+
+    Args:
+        shrink: share of each group's range that the grid spans; below 1 the outermost weights are clipped. A number, or [N, K/g].
+    """
+    levels = 2**bits - 1
     grouped = weight.float().unflatten(1, (-1, group))  # [N, K/g, g]
-    low, high = grouped.amin(2), grouped.amax(2)
+    low, high = grouped.amin(2) * shrink, grouped.amax(2) * shrink
     middle = (low + high) / 2
-    offset = torch.maximum((high - low) / 15, middle.abs() * _COARSE)
-    plain = torch.maximum(high, -low) / 7.5 * _UP
+    offset = torch.maximum((high - low) / levels, middle.abs() * _COARSE)
+    plain = torch.maximum(high, -low) / (levels / 2) * _UP
     keeps_zeros = (grouped == 0).any(2)
-    scale = torch.where(keeps_zeros, plain, offset).bfloat16()
+    return as_grid(torch.where(keeps_zeros, plain, offset), torch.where(keeps_zeros, torch.nan, middle))
+
+
+def fit_rows(weight: Tensor) -> Tensor:
+    """The 8-bit grid of :func:`round_rows` as one of groups: [1, N, 2] with ``zero`` = 0; codes 1..255 stand for -127..127."""
+    return torch.stack([row_scales(weight), torch.zeros(len(weight), dtype=torch.bfloat16, device=weight.device)], -1)[None]
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """One symmetric scale a row of [N, K] for 8 bits: bfloat16 [N]."""
+    scales = (weight.float().abs().amax(1) / 127 * _UP).bfloat16()
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def as_grid(step: Tensor, middle: Tensor) -> Tensor:
+    """The stored form of grids with these steps [N, K/g] around these middles; a middle that is NaN makes ``zero`` = 0."""
+    scale = step.bfloat16()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.where(keeps_zeros, 0.0, middle + scale.float() / 2).bfloat16()
-    codes = ((grouped - zero.float()[..., None]) / scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
-    return codes.flatten(1).to(torch.uint8), torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
+    zero = torch.where(middle.isnan(), 0.0, middle + scale.float() / 2).bfloat16()
+    return torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
+
+
+def encode(weight: Tensor, grid: Tensor, bits: int) -> Tensor:
+    """The nearest codes uint8 [N, K] of [N, K] on a grid [K/g, N, 2]."""
+    scale, zero = grid.float().transpose(0, 1).unbind(-1)  # [N, K/g] each
+    grouped = weight.float().unflatten(1, (grid.shape[0], -1))
+    codes = ((grouped - zero[..., None]) / scale[..., None]).round_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
+    return codes.flatten(1).to(torch.uint8)
 
 
 def pack(codes: Tensor, block: int) -> Tensor:
@@ -63,11 +95,27 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([bytes_ & 15, bytes_ >> 4], -1).flatten(1)
 
 
-def dequantise(codes: Tensor, grid: Tensor) -> Tensor:
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """The bits of codes uint8 [N, K], plane by plane: uint8 [b, N, K/8]; bit j of a byte is input 8 i + j. K: a multiple of 8."""
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    planes = [((codes >> i) & 1).unflatten(1, (-1, 8)) << places for i in range(bits)]
+    return torch.stack([p.sum(-1, dtype=torch.uint8) for p in planes])
+
+
+def unpack_planes(planes: Tensor) -> Tensor:
+    """Inverse of :func:`pack_planes`: [b, ..., K/8] -> codes uint8 [..., K]."""
+    places = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    codes = torch.zeros(*planes.shape[1:-1], 8 * planes.shape[-1], dtype=torch.uint8, device=planes.device)
+    for i, plane in enumerate(planes):
+        codes |= ((plane[..., None] >> places) & 1).flatten(-2) << i
+    return codes
+
+
+def dequantise(codes: Tensor, grid: Tensor, bits: int = 4) -> Tensor:
     """Codes uint8 [K, N] on their grid [K/g, N, 2]: float32 [K, N]."""
     scale, zero = grid.float().unbind(-1)
     grouped = codes.unflatten(0, (grid.shape[0], -1)).float()
-    return grouped.sub_(8).mul_(scale[:, None]).add_(zero[:, None]).flatten(0, 1)
+    return grouped.sub_(2 ** (bits - 1)).mul_(scale[:, None]).add_(zero[:, None]).flatten(0, 1)
 
 
 @cache

@@ -7,6 +7,7 @@ model that fits only compressed can still run. It holds no originals: it has no 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from studio_state.errors import ModelError
-from workers.mechanisms.linear import Places, Replacement, WeightPolicy, build, find_places
+from workers.mechanisms.linear import Replacement
+from workers.mechanisms.weight_places import Places, find_places
+from workers.mechanisms.weight_policy import Spot, WeightPolicy, build
 from workers.models import weights_files
 from workers.models.load import library_class_of
 from workers.models.talk import Progress, first_line, quiet_library, silent
@@ -130,13 +133,16 @@ def _replace(model: Any, files: Checkpoint, policies: Sequence[WeightPolicy], sp
     """Read one linear map and put what the policies make of it into the model; leave it on meta if they make nothing."""
     own = model.get_submodule(name)
     stored = spots.embedding if name == spots.head and spots.embedding and f"{name}.weight" not in files else name
-    source: nn.Module = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
+    source: Any = copy.copy(own)
+    source._parameters = dict(own._parameters)
     source.weight = nn.Parameter(files.read(f"{stored}.weight", own.weight), requires_grad=False)
     if own.bias is not None:
         source.bias = nn.Parameter(files.read(f"{name}.bias", own.bias), requires_grad=False)
     for policy in policies:
-        new = build(policy, source, name == spots.head)
-        if new is not None:
+        if not policy.takes(name):
+            continue
+        new = build(policy, source, Spot(name, name == spots.head))
+        if isinstance(new, Replacement):
             new.made_by = (*getattr(source, "made_by", ()), policy)
             source = new
     if not isinstance(source, Replacement):

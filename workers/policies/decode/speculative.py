@@ -69,8 +69,12 @@ class Speculative(Policy):
 
     def prepare(self, session: Session) -> None:
         """Load the draft model."""
-        if self.draft_model and not self.is_neutral:
+        if self.companion():
             self._loaded(session)
+
+    def companion(self) -> str:
+        """The draft model."""
+        return "" if self.is_neutral else self.draft_model
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
         """Take over the decode loop."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.eviction import Guarded, evicting_behind
-from workers.mechanisms.evictor import EVICTS
+from workers.mechanisms.evictor import SAME_EVERYWHERE
 from workers.mechanisms.shared_choice import SharedChoice
 from workers.mechanisms.surprise import noted_surprise, noting_surprise
 from workers.methods import card, knob
@@ -33,7 +33,8 @@ class InnovationCache(SharedChoice):
         id="innovation-cache",
         title="Innovation cache (inspired by B'MOJO)",
         paper="arXiv:2407.06324",
-        **EVICTS | {"needs": ("kv.uniform",)},  # where only some tokens reach the last layer, the others have no likelihood
+        **SAME_EVERYWHERE
+        | {"needs": ("kv.uniform",)},  # where only some tokens reach the last layer, the others have no likelihood
     )
     sinks: int = knob(4, ge=0, le=256, help="first positions that always stay")
     window: int = knob(32, ge=1, le=512, help="newest positions that always stay")

@@ -10,7 +10,7 @@ from torch import Tensor
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.eviction import Guarded, When, keep_best
-from workers.mechanisms.evictor import EVICTS, Budgeted
+from workers.mechanisms.evictor import EVICTS, SAME_EVERYWHERE, Budgeted
 from workers.methods import card, knob
 
 
@@ -27,8 +27,7 @@ class StreamingLLM(Budgeted):
         id="streamingllm",
         title="StreamingLLM",
         paper="arXiv:2309.17453",
-        **EVICTS
-        | {"needs": (), "spoils": ("kv.rollback",), "effects": EVICTS["effects"] | {"kv_bytes": "down", "cached_tokens": "down"}},
+        **SAME_EVERYWHERE | {"needs": (), "effects": EVICTS["effects"] | {"kv_bytes": "down", "cached_tokens": "down"}},
     )
     keep: float = knob(0.5, ge=0.01, le=1.0, help="size of the cache as a share of the prompt, sinks included; 1 = never evict")
     when: When = knob("both", help="both = at the end of the prompt and while answering; or one of the two")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.mechanisms.linear import DenseLinear, Replacement, bias_of, matrix_of, replacements, replacing
-from workers.methods import Policy, card, knob
-from workers.session import Session
+from workers.mechanisms.linear import DenseLinear, Replacement, bias_of, matrix_of
+from workers.mechanisms.weight_policy import Spot, WeightPolicy
+from workers.methods import card, knob
 
 
-class Magnitude(Policy):
+class Magnitude(WeightPolicy):
     """Set the smallest weights of every linear module inside the layers to zero.
 
     Zhu and Gupta 2017, arXiv:1710.01878: weights are ranked by absolute value within a matrix.
@@ -28,26 +27,20 @@ class Magnitude(Policy):
         title="Magnitude pruning",
         paper="arXiv:1710.01878",
         stage="prune",
-        families=("llm", "vlm", "vit"),
+        families=("llm", "vlm", "diffusion", "vit"),
         edits=("weights.mask",),
         effects={"weight_bytes": "same", "zero_weights": "up"},
         neutral={"sparsity": 0.0},
         alters_weights=True,
     )
+    convolutions: ClassVar[bool] = True
+
     sparsity: float = knob(0.5, ge=0.0, le=0.99, help="share of weights set to zero; higher = worse")
     scope: Literal["matrix", "row"] = knob("matrix", help="weights that compete: of the whole matrix, or of each output row")
 
-    def prepare(self, session: Session) -> None:
-        """Prune copies of all weights."""
-        replacements(session, self)
-
-    def attach(self, session: Session) -> AbstractContextManager[Any]:
-        """Put the pruned modules in."""
-        return replacing(session, self)
-
-    def replacement(self, source: nn.Module, head: bool) -> Replacement | None:
+    def replacement(self, source: nn.Module, spot: Spot) -> Replacement | None:
         """A plain linear module with the pruned weights."""
-        if head or self.sparsity == 0:
+        if spot.head or self.sparsity == 0:
             return None
         weight = prune(matrix_of(source).detach(), self.sparsity, self.scope == "row")
         pruned = DenseLinear(weight, bias_of(source))
