@@ -9,7 +9,8 @@ import torch
 
 from studio_state import zoo
 from studio_state.catalog import asset
-from studio_state.zoo import InRepo
+from studio_state.zoo import InRepo, Rearranged
+from workers.models.expert_split import EXPERTS, read_plan
 from workers.recipe import FACTS, Trained, make_recipe, recipes
 
 OWN = [e for e in zoo.entries() if isinstance(e.source, InRepo)]
@@ -26,6 +27,34 @@ def facts(folder: str) -> Trained:
 def test_every_model_that_ships_was_made_by_a_recipe() -> None:
     made = {facts(e.source.folder).recipe for e in OWN if isinstance(e.source, InRepo)}
     assert {"fashion-vit", "scene-vlm", "fashion-unet"} <= made <= set(recipes())
+
+
+def test_the_plan_of_the_regrouped_model_is_what_its_recipe_made() -> None:
+    entry = zoo.get("smollm2-moe8")
+    assert isinstance(entry.source, Rearranged)
+    found, plan = facts(entry.id), read_plan(asset("zoo") / entry.source.plan)
+    assert make_recipe(found.recipe, found.knobs).model_dump() == found.knobs
+    assert found.knobs["start"] == entry.source.base
+    assert found.scores["perplexity_8"] == pytest.approx(found.scores["perplexity_dense"], rel=1e-4)
+    assert found.scores["perplexity_8"] < found.scores["perplexity_7_oracle"] < found.scores["perplexity_7"]
+    assert all((row.bincount(minlength=EXPERTS) == row.numel() // EXPERTS).all() for row in plan.assignment)
+
+
+@pytest.mark.slow
+def test_the_regrouped_model_writes_what_the_dense_one_writes() -> None:
+    """Greedy, token by token, in float32, on the library's own loop."""
+    from workers.models.load import load_model
+    from workers.models.resolve import resolve
+
+    texts, said = ("The capital of France is", "She looked at Mr. Darcy, and"), []
+    for name in ("smollm2-135m", "smollm2-moe8"):
+        loaded = load_model(resolve(name), torch.float32)
+        for text in texts:
+            ids = torch.tensor([loaded.tokenizer(text).input_ids])
+            out = loaded.model.generate(ids, max_new_tokens=48, do_sample=False, attention_mask=torch.ones_like(ids))
+            said.append(out[0, ids.shape[1] :].tolist())
+        del loaded
+    assert said[:2] == said[2:]
 
 
 @pytest.mark.parametrize("entry", OWN, ids=lambda e: e.id)
