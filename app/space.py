@@ -145,7 +145,7 @@ def _take_place(part: Path, folder: Path) -> None:
 
 def sources() -> Iterator[Path]:
     """The files of the studio that a Space needs: its packages, and of the zoo the models that ship with it."""
-    shipped = {e.source.folder for e in zoo.entries() if isinstance(e.source, zoo.InRepo)}
+    shipped = zoo.shipped_folders()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*")):
             parts = path.relative_to(ROOT).parts
@@ -186,6 +186,7 @@ def readme(title: str) -> str:
     limits = HostedLimits()
     shipped = [f"| `{e.id}` | {e.title}: {e.use} |" for e in zoo.entries() if isinstance(e.source, zoo.InRepo)]
     fetched = [f"`{e.id}` ({_size(e.source.download_bytes)})" for e in zoo.entries() if isinstance(e.source, zoo.PackageFile)]
+    fetched += [f"`{e.id}` (made of `{e.source.base}`)" for e in zoo.entries() if isinstance(e.source, zoo.Rearranged)]
     torch = next(pin for pin in pinned() if pin.startswith("torch=="))
     card = ROOT / "assets/space/card.md"
     if not card.is_file():

@@ -178,6 +178,12 @@ def get(name: str) -> ZooEntry:
     return found
 
 
+def shipped_folders() -> set[str]:
+    """Folders under ``assets/zoo`` that some entry loads from or is made by."""
+    held = {e.source.folder for e in entries() if isinstance(e.source, InRepo)}
+    return held | {Path(e.source.plan).parts[0] for e in entries() if isinstance(e.source, Rearranged)}
+
+
 def home(entry: ZooEntry, cache_root: Path | None = None) -> Path:
     """Folder of the entry in the cache (which need not exist).
 

@@ -58,9 +58,8 @@ def test_it_holds_the_studio_and_nothing_of_its_making(made: space.Space) -> Non
     assert not [n for n in found if re.search(r"tests/|__pycache__|\.pyc$|\.pyi$|\.part$|bench/|assets/(docs|images|space)/", n)]
     assert {n for n in found if n.endswith(".safetensors")} == {
         p.relative_to(ROOT).as_posix()
-        for e in zoo.entries()
-        if isinstance(e.source, zoo.InRepo)
-        for p in (ROOT / "assets/zoo" / e.source.folder).rglob("*.safetensors")
+        for folder in zoo.shipped_folders()
+        for p in (ROOT / "assets/zoo" / folder).rglob("*.safetensors")
     }
     for name in ("app/components/page.css", "app/components/dom.js", "assets/catalog.json", "assets/workloads/prompts.jsonl"):
         assert (made.folder / name).read_bytes() == (ROOT / name).read_bytes()
