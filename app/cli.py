@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli_export import export_model
 from app.cli_space import space
 from app.cli_train import train
 from studio_state.errors import SpecError
@@ -133,6 +134,9 @@ def run(
     repeats: Annotated[int, typer.Option(help="How often every item is timed in every lane.")] = 1,
     reference: Annotated[int, typer.Option(help="Lane that the ratios are taken to; 0 = the baseline.")] = 0,
     isolate: Annotated[bool, typer.Option("--isolate", help="A fresh worker process for every lane.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Afterwards look for where every lane's time goes, and say why it is not faster.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")] = False,
     wait: Annotated[bool, typer.Option(help="Wait while another process uses the device.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything that came of it.")] = None,
@@ -164,6 +168,7 @@ def run(
             "repeats": repeats,
             "reference": reference,
             "isolate": isolate,
+            "analyzers": ["runtime-dissection", "llm-viewer"] if explain else [],
             "trust_remote_code": trust_remote_code,
         }
     )
@@ -283,6 +288,7 @@ def zoo_fetch(model: Annotated[str, typer.Argument(help="Id of the model; see `z
 
 
 cli.command()(train)
+cli.command("export-model")(export_model)
 cli.command()(space)
 
 

@@ -16,10 +16,12 @@ from studio_state.errors import SpecError
 from studio_state.experiment import ExperimentSpec
 from studio_state.pipeline import Pipeline, parse_pipeline, pipeline_from_data
 from studio_state.problems import Problem
+from studio_state.speed_story import DISSECTION, ROOFLINE
 
 SETTINGS = (
     "max_new_tokens", "repeats", "batch", "threads", "dtype", "seed", "eos", "attention", "chunk_size", "chat_template", "isolate",
 )  # fmt: skip
+ANALYZERS = (DISSECTION, ROOFLINE)  # what looks into every lane after a race that the screen starts
 SETTING_HELP = {
     "max_new_tokens": "tokens generated per item; empty = the workload's own number",
     "repeats": "how often every item is timed in every lane; more = narrower intervals",
@@ -60,6 +62,7 @@ def make_spec(
         "workload": {"id": workload or "", "options": dict(options or {})},
         "lanes": [Pipeline(), *lanes],
         "device": device,
+        "analyzers": ANALYZERS,
         **(settings or {}),
     }
     try:

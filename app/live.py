@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app import race_cache, race_charts, race_drawn, race_experts, race_gallery, race_images, race_outputs, race_view
+from app import race_cache, race_charts, race_drawn, race_experts, race_gallery, race_images, race_outputs, race_view, race_why
 from app.dispatch.job import owner_mark
 from app.race import Race
 from studio_state.events import Event
@@ -169,6 +169,7 @@ _SECTIONS: dict[str, Callable[[Race, str | None], Any]] = {
     "kept": race_outputs.kept,
     "cache": race_cache.cache,
     "experts": race_experts.experts,
+    "why": race_why.why,
     "table": lambda race, item: race_view.table(race),
 }
 

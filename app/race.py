@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from app.race_parts import Item, Stream
 from studio_state import events as ev
@@ -28,6 +28,7 @@ class Race(Results):
 
     Attributes:
         status: as of results, or ``interrupted`` (nobody records it any more).
+        analyses: lane -> analyzer -> what it found.
         current: id of the item that began last; ``running_lane`` the lane that works on it.
     """
 
@@ -42,6 +43,7 @@ class Race(Results):
     fits_baseline: bool = True
     phase: ev.Phase | None = None
     notes: list[ev.Note] = field(default_factory=list)
+    analyses: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     items: dict[str, Item] = field(default_factory=dict)
     current: str | None = None
     running_lane: int | None = None
@@ -134,6 +136,8 @@ class Race(Results):
                 self.item(event.item).image_tokens[event.lane] = event
             case ev.ExpertLoad():
                 self.item(event.item).experts[event.lane] = event
+            case ev.Analysis():
+                self.analyses.setdefault(event.lane, {})[event.analyzer] = event.data
             case ev.Note():
                 self.notes.append(event)
             case ev.Submitted():

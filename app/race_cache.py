@@ -44,7 +44,7 @@ def _lane(race: Race, item: Item, lane: int) -> Section:
         "mark": lane_mark(lane),
         "colour": lane_colour(lane),
         "heads": told.heads,
-        "frames": [f.model_dump() | {"when": when(f)} for f in told.frames],
+        "frames": [f.model_dump() | {"when": when(f), "needle": needle(told, f)} for f in told.frames],
         "summary": summary(told, None if stream is None or stream.outcome is None else stream.outcome.correct),
     }
 
@@ -60,6 +60,21 @@ def bits(frame: CacheFrame, heads: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, axis=1)[:, : frame.positions].astype(bool)
 
 
+def needle(told: CacheMap, frame: CacheFrame) -> Section | None:
+    """What became of the needle by this moment, in words, and whether some of it is gone from every head; None without one."""
+    if not told.marked:
+        return None
+    first, stop = told.marked
+    held = bits(frame, sum(told.heads))[:, first:stop]
+    gone, whole = int((~held.any(0)).sum()), int(held.all(1).sum())
+    text = f"{whole:,} of {len(held):,} heads hold all of it, " + (
+        f"{gone:,} of its {stop - first:,} tokens {'is' if gone == 1 else 'are'} gone from every head"
+        if gone
+        else "no token of it is gone from every head"
+    )
+    return {"text": f"{'Needle lost' if gone else 'Needle'} {when(frame)}: {text}.", "lost": bool(gone), "words": text}
+
+
 def summary(told: CacheMap, correct: bool | None) -> str:
     """What is left at the end, and what became of the needle."""
     last = told.frames[-1]
@@ -67,12 +82,12 @@ def summary(told: CacheMap, correct: bool | None) -> str:
     text = f"{when(last)[:1].upper()}{when(last)[1:]} the heads hold {100 * held.mean():.0f} % of {last.positions:,} positions"
     empty = int((~held.any(0)).sum())
     text += f"; {empty:,} of them no head holds any more." if empty else "."
-    if not told.marked:
+    at = [needle(told, f) for f in told.frames]
+    end = at[-1]
+    if end is None:
         return text
     first, stop = told.marked
-    needle = held[:, first:stop]
-    gone, whole = int((~needle.any(0)).sum()), int(needle.all(1).sum())
-    text += f" The needle is tokens {first + 1:,} to {stop:,}: {whole:,} of {len(needle):,} heads hold all of it, " + (
-        f"{gone:,} of its {stop - first:,} tokens are gone from every head" if gone else "no token of it is gone from every head"
-    )
+    text += f" The needle is tokens {first + 1:,} to {stop:,}: {end['words']}"
+    if end["lost"] and len(at) > 1:
+        text += f", first {next(when(f) for f, n in zip(told.frames, at, strict=True) if n and n['lost'])}"
     return text + ("." if correct is None else f"; the answer is {'right' if correct else 'wrong'}.")

@@ -56,6 +56,7 @@ PHASE_WORDS = {
     "run": "Racing",
     "quality": "Comparing outputs",
     "memory": "Measuring memory",
+    "analyze": "Looking for where the time goes",
     "score": "Scoring",
 }
 

@@ -1,4 +1,4 @@
-"""Following a training in its worker process: how far it is on stderr, Ctrl-C handed on, the record at the end."""
+"""Following a training or an export in its worker process: how far it is on stderr, Ctrl-C handed on, the record at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -25,7 +25,7 @@ RECORD = "training.json"
 LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
-def follow(request: dict[str, Any], title: str, errors: Console) -> Event:
+def follow(request: dict[str, Any], title: str, errors: Console, operation: Literal["train", "export"] = "train") -> Event:
     """Start the worker and show what it says; returns its last word.
 
     Its session is its own, so that Ctrl-C reaches only this process, which then closes the worker's standard input.
@@ -33,7 +33,10 @@ def follow(request: dict[str, Any], title: str, errors: Console) -> Event:
     Raises:
         WorkerLost: it ended without one.
     """
-    command = [sys.executable, "-P", "-m", "workers", "train", json.dumps(request)]
+    command = [sys.executable, "-P", "-m", "workers", operation, json.dumps(request)]
+    what, keeps = {"train": ("training", "; the state kept last is there"), "export": ("export", "; nothing was written")}[
+        operation
+    ]
     pipe, last = subprocess.PIPE, None
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
@@ -48,7 +51,9 @@ def follow(request: dict[str, Any], title: str, errors: Console) -> Event:
         def stop(pressed: int) -> None:
             if pressed > 1:
                 return process.kill()
-            shown.say("stopping after this step ... (once more: at once, back to the state kept last)")
+            shown.say(
+                f"stopping after this step ... (once more: at once{', back to the state kept last' * (operation == 'train')})"
+            )
             process.stdin.close()  # type: ignore[union-attr]  # checked above
 
         with interrupts(stop) as pressed:
@@ -66,8 +71,8 @@ def follow(request: dict[str, Any], title: str, errors: Console) -> Event:
     if last is not None:
         return last
     if pressed:
-        return Cancelled(message="stopped at once; the state kept last is there")
-    raise WorkerLost(f"the training ended with status {status}: {(said or ['it gave no reason'])[-1][:300]}")
+        return Cancelled(message=f"stopped at once{keeps}")
+    raise WorkerLost(f"the {what} ended with status {status}: {(said or ['it gave no reason'])[-1][:300]}")
 
 
 @contextmanager

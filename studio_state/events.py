@@ -71,7 +71,7 @@ class Phase(Event):
     """Progress: which phase, of which lane, how much of it is done (0..1, None = unknown)."""
 
     event: Literal["phase"] = "phase"
-    name: Literal["fetch", "load", "build", "warmup", "run", "quality", "memory", "score"]
+    name: Literal["fetch", "load", "build", "warmup", "run", "quality", "memory", "score", "analyze"]
     lane: int | None = None
     done: float | None = None
     text: str = ""
@@ -252,6 +252,15 @@ class ExpertLoad(Event):
     layers: list[list[float]]
 
 
+class Analysis(Event):
+    """What an analyzer found of a lane, as plain data: ``runtime-dissection`` and ``llm-viewer`` say why it is as fast as it is."""
+
+    event: Literal["analysis"] = "analysis"
+    lane: int
+    analyzer: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
 class Preview(Event):
     """What a picture looks like on its way from noise. ``step`` steps of ``of`` are done; ``data`` is a base64 PNG."""
 
@@ -317,7 +326,7 @@ class Unknown(Event):
 
 AnyEvent = Annotated[
     Hello | Submitted | Started | ModelLoaded | Phase | LaneStarted | ItemStarted | Tokens | Metric | Ratio | Output
-    | Kept | CacheMap | Picture | ImageTokens | ExpertLoad | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
+    | Kept | CacheMap | Picture | ImageTokens | ExpertLoad | Analysis | Preview | LaneFinished | Note | Finished | Failed | Cancelled,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Any] = TypeAdapter(AnyEvent)

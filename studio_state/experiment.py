@@ -48,6 +48,7 @@ class ExperimentSpec(BaseModel):
         eos: stop at the end-of-sequence token, or ignore it (fixed number of tokens).
         repeats: how often every item is timed in every lane.
         isolate: give each lane a fresh worker process.
+        analyzers: ids of what looks into every lane after the race, in passes of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +71,7 @@ class ExperimentSpec(BaseModel):
     sampling: Sampling = Sampling()
     repeats: int = Field(1, ge=1, le=1000)
     isolate: bool = False
+    analyzers: tuple[str, ...] = Field((), max_length=8)
     trust_remote_code: bool = False
 
     @model_validator(mode="before")
@@ -98,7 +100,10 @@ class ExperimentSpec(BaseModel):
 
     def digest(self) -> str:
         """Identity of what is asked for: sha256 of the canonical JSON, 16 hex digits."""
-        raw = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        asked = self.model_dump(mode="json")
+        if not self.analyzers:  # as before there were any, so that old records keep their identity
+            asked.pop("analyzers")
+        raw = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(raw.encode()).hexdigest()[:16]
 
 
@@ -120,6 +125,7 @@ class ModelInfo(BaseModel):
         attention_layers: layers that keep keys and values; fewer than ``layers`` in hybrid models.
         window: longest reach of the ``window_layers`` sliding-window layers among them, in tokens.
         dtype: number format of the file: what ``auto`` means on a GPU.
+        packed: pipeline and base of an exported model, whose weights are packed already; empty for all others.
         note: a sentence to be shown wherever the model appears.
     """
 
@@ -147,6 +153,7 @@ class ModelInfo(BaseModel):
     window: int = 0
     window_layers: int = 0
     dtype: str = ""
+    packed: str = ""
     note: str = ""
 
     @property

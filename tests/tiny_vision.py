@@ -63,7 +63,9 @@ def llava_folder(layers: int = 2) -> Path:
             text_config={**_llama(words), "num_hidden_layers": layers},
             image_token_index=words.convert_tokens_to_ids("<image>"),
         )
-        return LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(config)
+        _save_scorer(folder / "scorer", words, model.model.vision_tower)
+        return model
 
     return _folder("llava" if layers == 2 else f"llava-{layers}", make)
 
@@ -97,7 +99,9 @@ def llava_next_folder() -> Path:
             image_token_index=words.convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=PINPOINTS,
         )
-        return LlavaNextForConditionalGeneration(config)
+        model = LlavaNextForConditionalGeneration(config)
+        _save_scorer(folder / "scorer", words, model.model.vision_tower)
+        return model
 
     return _folder("llava-next", make)
 
@@ -249,6 +253,30 @@ def processor_of(folder: Path) -> Any:
 def _clip_tower() -> dict[str, Any]:
     shape = {k: v for k, v in VISION_SHAPE.items() if k != "initializer_range"}  # CLIP scales by the width instead
     return {**shape, "num_hidden_layers": 3, "model_type": "clip_vision_model", "image_size": 64, "patch_size": 8}
+
+
+def _save_scorer(folder: Path, words: Any, tower: Any) -> None:
+    """A CLIP model with this tower and a text tower of one layer; a text ends with the mark of an image, where CLIP reads it off."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import CLIPConfig, CLIPModel
+
+    end = words.convert_tokens_to_ids("<image>")
+    text = {
+        "vocab_size": len(words),
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 32,
+        "eos_token_id": end,
+        "pad_token_id": 0,
+    }
+    shape = {k: VISION_SHAPE[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = CLIPConfig(text_config={**text, **shape}, vision_config=tower.config.to_dict(), projection_dim=32)
+    clip = CLIPModel(config)
+    clip.vision_model.load_state_dict(tower.state_dict())
+    clip.save_pretrained(folder)
+    ready = copy.deepcopy(words)
+    ready.chat_template = None
+    ready.backend_tokenizer.post_processor = TemplateProcessing(single="$A <image>", special_tokens=[("<image>", end)])
+    ready.save_pretrained(folder)
 
 
 def _llama(words: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The worker process: ``python -m workers describe | run | serve | fetch | train``.
+"""The worker process: ``python -m workers describe | run | serve | fetch | train | export``.
 
 Events go out as JSON lines on the real stdout, which is duplicated first; file descriptor 1 then
 points at stderr, so no library's print can corrupt the stream.
@@ -71,6 +71,15 @@ def train(request: str = typer.Argument(help="what to train, as JSON; see worker
     from workers.train import train_once
 
     raise typer.Exit(train_once(request, out, stdin=0))
+
+
+@app.command()
+def export(request: str = typer.Argument(help="what to export, as JSON; see workers/export_model.py")) -> None:
+    """Pack a model and write it as a folder, telling progress as JSON lines; stops when standard input is closed."""
+    out = event_stream()
+    from workers.export_model import export_once
+
+    raise typer.Exit(export_once(request, out, stdin=0))
 
 
 if __name__ == "__main__":

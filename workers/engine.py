@@ -107,14 +107,16 @@ def _run(
         session, seconds = host.open(spec, info, device)
         yield from _race(spec, ready(session), needs, fitting, seconds)
         return
-    for index, fits in enumerate(fitting):  # each lane is packed while it loads, and runs alone
-        if not fits:
-            yield LaneFinished(
-                lane=index, status="unavailable", message=plan.lane_too_large(info, needs, index, pipelines[index])
-            )
-    for index in [i for i, fits in enumerate(fitting) if fits]:
+    whole = [plan.needs_whole_model(info, policies) for policies in pipelines]
+    can = [fits and not why for fits, why in zip(fitting, whole, strict=True)]
+    if not any(can):
+        raise StudioError(next(why for fits, why in zip(fitting, whole, strict=True) if fits))
+    for index in [i for i, runs in enumerate(can) if not runs]:  # each lane is packed while it loads, and runs alone
+        why = whole[index] if fitting[index] else plan.lane_too_large(info, needs, index, pipelines[index])
+        yield LaneFinished(lane=index, status="unavailable", message=why)
+    for index in [i for i, runs in enumerate(can) if runs]:
         session, seconds = host.open_compressed(spec, info, device, pipelines[index], Progress(say))
-        alone = [i == index for i in range(len(fitting))]
+        alone = [i == index for i in range(len(can))]
         yield from _race(spec, ready(session), needs, alone, seconds, together=False)
         host.unload()
 
@@ -154,6 +156,7 @@ def _race(
             yield from race.prepare(load_seconds, items[0])
             yield from race.run(batches)
             yield from race.measure_memory(batches)
+            yield from race.analyze(batches)
     yield from race.finish()
 
 

@@ -96,7 +96,7 @@ class ModelHost:
             Unavailable: a family that cannot be run yet.
             ModelError: the weights cannot be loaded.
         """
-        resolved, dtype = self._found(), torch_dtype(spec.dtype, info.dtype, str(device))
+        resolved, dtype = self.found(), torch_dtype(spec.dtype, info.dtype, str(device))
         key = (str(resolved.path), resolved.gguf_file, resolved.revision, dtype, str(device))
         start, seconds = time.perf_counter(), 0.0
         if key != self.key or self.loaded is None:
@@ -115,7 +115,9 @@ class ModelHost:
             Unavailable: a family that cannot be run yet.
             ModelError: the weights cannot be loaded tensor by tensor.
         """
-        resolved, dtype = self._found(), torch_dtype(spec.dtype, info.dtype, str(device))
+        resolved, dtype = self.found(), torch_dtype(spec.dtype, info.dtype, str(device))
+        if resolved.packed:  # it is as small as it gets, and no policy replaces its weights
+            return self.open(spec, info, device)
         self.unload()
         start = time.perf_counter()
         altering = [p for p in policies if hasattr(p, "replacement")]
@@ -126,7 +128,8 @@ class ModelHost:
         session.built[Places] = places
         return session, time.perf_counter() - start
 
-    def _found(self) -> Resolved:
+    def found(self) -> Resolved:
+        """The model that was inspected last."""
         if self.resolved is None:
             raise RuntimeError("inspect() comes before open()")
         return self.resolved

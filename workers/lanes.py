@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from studio_state.events import Event, LaneFinished, LaneStatus, Metric
@@ -52,19 +52,24 @@ class Lane:
         return Pipeline(steps=tuple(s for p in self.policies for s in self.pipeline.steps if s.policy == p.card.id)).text()
 
     @contextmanager
-    def attached(self, prepare: bool = False) -> Iterator[None]:
+    def attached(self, prepare: bool = False, wanted: Callable[[Policy], bool] = lambda policy: True) -> Iterator[None]:
         """The lane's policies on the session; everything undone on the way out.
 
         Args:
             prepare: let every policy build what it needs, while those before it are attached.
+            wanted: which policies; all by default.
         """
         with ExitStack() as stack:
             stack.enter_context(self.session.having(acted=self.acted))
-            for policy in self.policies:
+            for policy in filter(wanted, self.policies):
                 if prepare:
                     policy.prepare(self.session)
                 stack.enter_context(policy.attach(self.session))
             yield
+
+    def attached_for(self, wanted: Callable[[Policy], bool]) -> AbstractContextManager[None]:
+        """Some of the lane's policies on the session."""
+        return self.attached(prepare=True, wanted=wanted)
 
     def sample(self, name: str, value: float, item: str, repeat: int = 0) -> Metric:
         """Keep a value of one item, and the event that tells it."""

@@ -141,11 +141,12 @@ def catalogue() -> Catalog:
     Raises:
         RuntimeError: two files declare the same id.
     """
+    from workers.analyzer import analyzers
     from workers.recipe import recipes
     from workers.workloads.registry import workload_classes
 
     order = {s: i for i, s in enumerate(STAGES)}
-    classes = unique([*discover().values(), *recipes().values()])
+    classes = unique([*discover().values(), *analyzers().values(), *recipes().values()])
     methods = sorted((c.describe() for c in classes.values()), key=lambda c: (order.get(c.stage or "", 99), c.id))
     return Catalog(methods=methods, workloads=[w.describe() for w in workload_classes().values()])
 

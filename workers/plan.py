@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
+from workers.mechanisms.weight_policy import WeightPolicy
 from workers.methods import Policy
 from workers.models.fit import estimate as estimate_model
 from workers.models.load import torch_dtype
@@ -94,6 +95,18 @@ class Needs:
 def companions(policies: Sequence[Policy]) -> list[str]:
     """Names of the models that run beside the lane's own, one a policy that has one."""
     return [name for p in policies if (name := p.companion())]
+
+
+def needs_whole_model(info: ModelInfo, policies: Sequence[Policy]) -> str:
+    """Why a lane cannot be packed while it loads, where every weight is seen once and alone; empty if it can."""
+    start = f"{info.name} does not fit into memory before it is packed, and "
+    if info.family == "diffusion":
+        return f"{start}the parts of a pipeline are loaded whole; choose a smaller model or a narrower dtype"
+    for policy in policies:
+        if isinstance(policy, WeightPolicy) and (policy.wants is not None or type(policy).plan is not WeightPolicy.plan):
+            does = "decides for all maps of the model at once" if policy.wants is None else "looks at what goes into the maps of the whole model"
+            return f"{start}{policy.card.id} {does}, so it cannot pack one while it loads; take rtn, or a smaller model"
+    return ""
 
 
 def needs(spec: ExperimentSpec, info: ModelInfo, device: torch.device, beside: Mapping[str, ModelInfo]) -> Needs:

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 import torch
 
 from studio_state.errors import ModelError, StudioError, WorkloadError
-from studio_state.events import Event, ItemStarted, LaneStarted, Note, Output, Phase
+from studio_state.events import Analysis, Event, ItemStarted, LaneStarted, Note, Output, Phase
+from studio_state.metrics import Source
+from workers.analyzer import analyzers
 from workers.families.base import RunTrace
 from workers.lanes import Lane, live
-from workers.mechanisms.weight_policy import weight_metrics
+from workers.mechanisms.phases import ShortRun
+from workers.mechanisms.weight_policy import ledger, weight_metrics
 from workers.meters.memory import peak_allocated, resident_bytes
 from workers.meters.speed import speed
 from workers.meters.summary import so_far, summarize
@@ -37,6 +40,11 @@ OUTPUTS = {
     "classify": "label",
     "draw": "image",
 }  # task -> kind of output
+BY_THEIR_BITS = ("theoretical_weight_bytes", "scale_bytes", "padding_bytes")  # what replaced maps say of themselves
+SOURCES: dict[str, Source] = {
+    **dict.fromkeys((*BY_THEIR_BITS, "table_operations"), "estimated"),
+    **dict.fromkeys(("simulated_area", "simulated_energy"), "simulated"),
+}  # of what was not measured
 WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many
 WARMUP_SECONDS = 10.0
 MEMORY_NEW_TOKENS = 8  # new tokens in the untimed memory pass
@@ -86,7 +94,10 @@ class Race:
                 with lane.attached(prepare=True):
                     built = self.session.clock() - start
                     for name, value in weight_metrics(self.session).items():
-                        yield lane.whole(name, value)
+                        yield lane.whole(name, value, SOURCES.get(name, "measured"))
+                    books = ledger(self.session)
+                    if books and not books.agrees:
+                        lane.flags.append(books.complaint())
             except Cancelled:
                 raise
             except Exception as e:
@@ -259,6 +270,24 @@ class Race:
             yield lane.whole("peak_activation_bytes", float(peak))
             yield lane.whole("peak_memory_bytes", peak + lane.given["weight_bytes"])
             lane.check_effect()
+
+    def analyze(self, batches: Sequence[list[Item]]) -> Iterator[Event]:
+        """What the experiment's analyzers find of every lane, on its first batch; an analyzer that fails costs the lane nothing."""
+        known = analyzers()
+        for lane in self.live():
+            run = ShortRun(self.session, lane.attached_for, batches[0])
+            for name in self.session.spec.analyzers:
+                yield Phase(name="analyze", lane=lane.index, text=known[name].card.title)
+                acted = dict(lane.acted)
+                try:
+                    yield Analysis(lane=lane.index, analyzer=name, data=known[name]().analyze(run))
+                except Cancelled:
+                    raise
+                except Exception as e:
+                    text = f"{known[name].card.title}: {type(e).__name__}: {e}; the lane's measurements are not touched by this"
+                    yield Note(text=text, level="warning", lane=lane.index)
+                lane.acted.clear()
+                lane.acted.update(acted)
 
     def finish(self) -> Iterator[Event]:
         """The summaries, the ratios, the farewells."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workers.mechanisms.chunk_end import ChunkEnd
     from workers.mechanisms.denoising import Denoising
     from workers.mechanisms.visual_tokens import ImageRecord, Selector
+    from workers.workloads.base import Item
 
 Observer = Callable[[AttentionCall], None]
 CacheHook = Callable[[StudioCache, Forward], None]
@@ -120,6 +121,29 @@ class Session:
     def count(self, name: str, value: float) -> None:
         """Add to a counter of the running item."""
         self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def items_of(self, seed: int, more: int = 0) -> list[Item]:
+        """Items of the experiment's workload, drawn from a seed.
+
+        Args:
+            more: how many besides those that it runs; a workload whose items do not depend on the seed goes on where it stopped.
+        """
+        from workers.families.labels import labels_of
+        from workers.workloads.base import ItemContext
+        from workers.workloads.registry import make_workload, workload_classes
+
+        workload = self.spec.workload
+        prop = workload_classes()[workload.id].knob_schema()["properties"]["items"]
+        count = min(int(workload.options.get("items", prop["default"])) + more, prop["maximum"])
+        workload = workload.model_copy(update={"options": {**workload.options, "items": count}})
+        context = ItemContext(self.processor, seed, self.info.context, labels_of(self.model))
+        return make_workload(workload).make_items(context)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Token ids of a text, without any that the tokenizer adds."""
+        from workers.workloads.tokens import encode
+
+        return encode(self.processor, text)
 
     def did(self, policy: str, amount: float = 1.0) -> None:
         """A policy changed something. What never does anything is flagged ``no effect``."""

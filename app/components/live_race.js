@@ -30,6 +30,7 @@
       store.take(pictures);
       gallery.take(pictures);
       dirty.add('images');
+      if (data.cache?.image?.length) dirty.add('cache');
       if (data.drawn?.item) dirty.add('drawn');
       if (data.streams?.lanes.some((lane) => lane.bars?.length || lane.drawn)) dirty.add('streams');
     }
@@ -102,8 +103,9 @@
         if (figures.some((f, i) => place.children[i] !== f) || place.children.length !== figures.length) place.replaceChildren(...figures);
       },
       kept: () => PS.evictionMap(part('kept'), data.kept, keptLane, (lane) => { keptLane = lane; drawers.kept(); drawers.cache(); }),
-      cache: () => PS.cacheMicroscope(part('cache'), data.cache, data.images, keptLane, (lane) => { keptLane = lane; drawers.kept(); drawers.cache(); }),
+      cache: () => PS.cacheMicroscope(part('cache'), data.cache, data.images, store.source(data.cache?.item), keptLane, (lane) => { keptLane = lane; drawers.kept(); drawers.cache(); }),
       experts: () => PS.expertLoad(part('experts'), data.experts),
+      why: () => PS.whyNotFaster(part('why'), data.why),
       table: () => PS.raceTable(part('table'), data.table),
     };
 

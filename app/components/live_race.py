@@ -24,6 +24,7 @@ TEMPLATE = """
   <div class="lr-kept"></div>
   <div class="lr-cache"></div>
   <div class="lr-experts"></div>
+  <div class="lr-why" role="group" aria-label="Why not faster"></div>
   <div class="lr-table"></div>
   <div class="ps-hidden lr-status" role="status" aria-live="polite"></div>
 </div>"""

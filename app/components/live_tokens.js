@@ -7,6 +7,10 @@
   /** Which tokens a view shows: those of the whole image, or of its tiles. */
   const inView = (images, tiles) => images.boxes.map((box, i) => box.length === 4 && (images.views[i] > 0) === tiles);
 
+  /** A dark, hatched pattern over what is dropped. */
+  PS.veil = (id) => svg('defs', {}, svg('pattern', { id, width: 18, height: 18, patternUnits: 'userSpaceOnUse', patternTransform: 'rotate(45)' },
+    svg('rect', { width: 18, height: 18, class: 'li-dark' }), svg('rect', { width: 3.5, height: 18, class: 'li-line' })));
+
   /** One lane's picture. `draw` shows it anew: another view, or another keep of the slider; the slider itself stays. */
   PS.tokenPanel = (images, lane, src, place) => {
     const size = Math.max(images.width, images.height), w = LONG * images.width / size, h = LONG * images.height / size;
@@ -22,8 +26,7 @@
     const slider = lane.level.length ? keepSlider(lane, (value) => { keep = value; draw(tiles); }) : null;
 
     function fillOverlay() {
-      overlay.append(svg('defs', {}, svg('pattern', { id: veil, width: 18, height: 18, patternUnits: 'userSpaceOnUse', patternTransform: 'rotate(45)' },
-        svg('rect', { width: 18, height: 18, class: 'li-dark' }), svg('rect', { width: 3.5, height: 18, class: 'li-line' }))));
+      overlay.append(PS.veil(veil));
       const all = images.boxes.map((box, i) => {
         if (box.length !== 4 || i >= lane.share.length) return null;
         const [l, t, r, b] = box.map((v, side) => v / 10000 * (side % 2 ? h : w));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from studio_state.catalog import STAGES, Card
 from studio_state.experiment import ExperimentSpec, ModelInfo
 from tests import tiny
+from workers.data.pictures import side_by_side
 from workers.families.base import RunTrace
 from workers.families.batches import State, make_batch
 from workers.families.llm import LanguageFamily
@@ -23,6 +25,10 @@ from workers.models.info import model_info
 from workers.models.resolve import resolve
 from workers.session import Session
 from workers.workloads.base import Item
+
+OPTIONS: dict[str, dict[str, Any]] = {  # some photographs are left to calibrate on, and no tiny model knows the names of clothes
+    "classify": {"source": "photos", "items": 2}
+}
 
 
 @cache
@@ -129,7 +135,9 @@ def seeing_session(folder: Path, workload: str = "vqa", **spec: Any) -> Session:
 
     loaded, info = load_seeing(folder), info_of(folder)
     return Session(
-        spec=ExperimentSpec(model="tiny", workload={"id": workload}, dtype="float32", **spec),
+        spec=ExperimentSpec(
+            model="tiny", workload={"id": workload, "options": OPTIONS.get(workload, {})}, dtype="float32", **spec
+        ),
         info=info,
         family=FAMILIES[info.family](),
         model=loaded.model,
@@ -149,6 +157,27 @@ def sample_picture(width: int = 128, height: int = 128, seed: int = 0) -> Any:
 
     small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return ArrayPicture(np.kron(small, np.ones((8, 8, 1), dtype=np.uint8)))
+
+
+@dataclass(frozen=True)
+class SampleClip:
+    """Some frames, each a picture of its own."""
+
+    pictures: tuple[Any, ...]
+
+    def frames(self) -> list[Any]:
+        """The frames."""
+        return [p.open() for p in self.pictures]
+
+    def open(self) -> Any:
+        """All of them in one picture."""
+        return side_by_side(self.frames())
+
+
+def clip_item(frames: int = 4, width: int = 64, height: int = 64, **more: Any) -> Item:
+    """One item with a clip."""
+    pictures = tuple(sample_picture(width, height, seed) for seed in range(frames))
+    return image_item(picture=SampleClip(pictures), **more)
 
 
 def image_item(task: str = "generate", prompt: str = "What is in the picture?", picture: Any = None, **more: Any) -> Item:

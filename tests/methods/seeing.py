@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests import tiny_vision
 from tests.methods.driving import image_item, run_items, sample_picture
+from workers.data.pictures import ClipLike
 from workers.families.base import RunTrace
 from workers.families.batches import State
 from workers.mechanisms.visual_tokens import Selection, Visual
@@ -72,15 +73,23 @@ class Given:
         positions = self.positions[:, stays] if turns else torch.arange(int(stays.sum()))
         return Given(self.model, self.ids[stays], self.inputs, self.embeds[stays], positions)
 
+    def with_image(self, features: Tensor) -> Given:
+        """With these image tokens [k, D] where the first one was; all words that stood among the others come behind them."""
+        is_image, first = self.ids == self.model.config.image_token_id, int(self.places[0])
+        behind = ~is_image & (torch.arange(len(self.ids)) > first)
+        ids = torch.cat([self.ids[:first], self.ids[first].expand(len(features)), self.ids[behind]])
+        embeds = torch.cat([self.embeds[:first], features, self.embeds[behind]])
+        return Given(self.model, ids, self.inputs, embeds, torch.arange(len(ids)))
+
 
 @torch.inference_mode()
 def given(folder: Path, item: Item, attention: str = "sdpa") -> Given:
-    """Prepare an item with an image, in the chat form."""
+    """Prepare an item with an image or a clip, in the chat form."""
     model, processor = library(folder, attention), tiny_vision.processor_of(folder)
-    content = [{"type": "image"}, {"type": "text", "text": item.prompt}]
+    frames = item.image.frames() if isinstance(item.image, ClipLike) else [item.image.open()] if item.image else []
+    content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": item.prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert item.image is not None
-    found = processor(images=[item.image.open()], text=[text], return_tensors="pt", add_special_tokens=False)
+    found = processor(images=[frames], text=[text], return_tensors="pt", add_special_tokens=False)
     ids = found["input_ids"]
     names = inspect.signature(model.get_image_features).parameters
     inputs = {k: v for k, v in found.items() if k in names and isinstance(v, Tensor)}

@@ -47,5 +47,5 @@ def test_the_summary_says_what_became_of_the_needle() -> None:
     assert (bits(told.frames[0], 2) == held).all()
     assert summary(told, False) == (
         "After 8 new tokens the heads hold 62 % of 4 positions; 1 of them no head holds any more. The needle is tokens 2 to 3: "
-        "0 of 2 heads hold all of it, 1 of its 2 tokens are gone from every head; the answer is wrong."
+        "0 of 2 heads hold all of it, 1 of its 2 tokens is gone from every head; the answer is wrong."
     )

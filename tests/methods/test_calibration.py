@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny
-from tests.methods.driving import attached, make_session
+from studio_state.errors import SpecError
+from studio_state.experiment import WorkloadSpec
+from tests import tiny, tiny_vision
+from tests.methods.driving import attached, make_session, seeing_session
 from workers.mechanisms import calibration
 from workers.mechanisms.calibration import Seen, calibration_items, gathered
 from workers.policies.prune.magnitude import Magnitude
 from workers.session import Session
+from workers.workloads.base import ItemContext
+from workers.workloads.registry import make_workload
 
 BOTH: frozenset[calibration.Want] = frozenset({"moment", "sample"})
 NAMES = [
@@ -111,6 +115,26 @@ def test_a_text_is_cut_to_the_models_context_and_nothing_of_the_session_stays() 
     seen(session)
     assert (session.spec, dict(session.counts), dict(session.acted)) == before
     assert not any(m._forward_pre_hooks for m in session.model.modules())
+
+
+@pytest.mark.parametrize("count", [4, 60])
+def test_a_model_that_sees_gets_pictures_that_are_not_measured(count: int) -> None:
+    """The questions about scenes are the same whatever the seed: more of them are about scenes that come later."""
+    session = seeing_session(tiny_vision.llava_folder(4))
+    spec = session.spec.model_copy(update={"workload": WorkloadSpec(id="vqa", options={"items": count})})
+    with session.having(spec=spec):
+        items = calibration_items(session, 5)
+        measured = make_workload(spec.workload).make_items(ItemContext(session.processor, spec.seed, session.info.context, ()))
+    assert len(items) == 5
+    assert len({(i.prompt, i.image.open().tobytes()) for i in items if i.image}) == 5
+    assert not {i.image.open().tobytes() for i in items if i.image} & {i.image.open().tobytes() for i in measured if i.image}
+    with session.having(spec=spec.model_copy(update={"workload": WorkloadSpec(id="perplexity")})):
+        assert [i.id for i in calibration_items(session, 2)] == ["calibration-0", "calibration-1"]
+    with (
+        session.having(spec=spec.model_copy(update={"workload": WorkloadSpec(id="vqa", options={"source": "photos"})})),
+        pytest.raises(SpecError, match="vqa: with these options it has no items besides those that are measured"),
+    ):
+        calibration_items(session, 2)
 
 
 def test_maps_of_experts_are_seen_one_by_one() -> None:

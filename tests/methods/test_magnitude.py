@@ -43,7 +43,14 @@ def test_the_account_tells_that_zeros_are_stored() -> None:
     bare = weight_bytes(session)
     with attached(session, Magnitude(sparsity=0.5)):
         metrics = weight_metrics(session)
-    assert metrics == {"weight_bytes": bare, "replaced_modules": 14, "zero_weights": 0.5}
+    assert metrics == {
+        "weight_bytes": bare,
+        "theoretical_weight_bytes": bare,
+        "scale_bytes": 0,
+        "padding_bytes": 0,
+        "replaced_modules": 14,
+        "zero_weights": 0.5,
+    }
 
 
 def test_embedding_and_head_stay_and_originals_are_not_edited() -> None:

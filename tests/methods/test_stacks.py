@@ -58,6 +58,15 @@ LEGAL = (
     "look-m:when=both,merge=none,every=4+think",  # nothing is written into what is stored
     "expert-prune+top-k-experts",
     "magnitude+expert-prune+rtn+snapkv+top-k-experts",
+    "gptq+snapkv+kivi+lean-decode",
+    "magnitude+gptq:bits=3,act_order=true+prompt-lookup",
+    "magnitude+awq+lean-decode",
+    "awq:bits=3+promptdistill+h2o",
+    "magnitude+hqq:bits=3+streamingllm",
+    "magnitude+mixed-bits:bits=3.5+snapkv+lean-decode",
+    "magnitude+lut-gemm:fit=uniform+snapkv+kivi+lean-decode",
+    "lut-tensor-core:bits=1,tables=float+prompt-lookup+lean-decode",
+    "magnitude+quantizer:per=matrix,points=kmeans+h2o",
     "lean-decode+kivi+snapkv+rtn",  # written in any order
 )
 
@@ -81,6 +90,15 @@ ILLEGAL = {
     "rtn+dynamic-int8": "weights.format",
     "rtn:bits=4+dynamic-int8": "weights.format",
     "magnitude+rtn+dynamic-int8+lean-decode": "weights.format",
+    "gptq+awq": "weights.format",
+    "gptq:bits=3+snapkv+rtn": "weights.format",
+    "hqq+mixed-bits": "weights.format",
+    "awq+dynamic-int8+lean-decode": "weights.format",
+    "lut-gemm+lut-tensor-core": "weights.format",
+    "quantizer:bits=8+rtn": "weights.format",
+    "gptq+lut-gemm": "weights.format",
+    "lut-gemm:bits=5": "a whole number from 1 to 4",
+    "quantizer:points=octaves": "uniform, kmeans, powers",
     # what is written in full precision, and what packs it
     "deltallm+kivi": "kv.dtype",
     "cam+gear": "kv.dtype",
@@ -112,6 +130,8 @@ ILLEGAL = {
     # unknown things
     "snapkw": "did you mean 'snapkv'",
     "snapkv:kep=0.5": "did you mean 'keep'",
+    "hqq:bits=8": "a whole number from 2 to 7",
+    "mixed-bits:bits=1.5": "a number from 2",
     "snapkv:keep=2": "a number from 0.01 to 1.0",
     "kivi:bits=3": "2, 4, 8",
     "kivi:group_size=12": "divisible by 8",

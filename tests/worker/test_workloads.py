@@ -37,8 +37,8 @@ from workers.workloads.texts import novel, novel_sentences, passage, split_sente
 from workers.workloads.tokens import prefix_ids, split_at_boundary, template_tokens
 
 CONTEXT = 8192
-IDS = ["classify", "generate-images", "multiple-choice", "needle", "perplexity", "prompts", "speed", "vqa"]
-FAMILIES = {"classify": ("vit",), "generate-images": ("diffusion",), "vqa": ("vlm",)}
+IDS = ["classify", "generate-images", "multiple-choice", "needle", "perplexity", "prompts", "speed", "vqa", "vqa-clips"]
+FAMILIES = {"classify": ("vit",), "generate-images": ("diffusion",), "vqa": ("vlm",), "vqa-clips": ("vlm",)}
 
 
 @pytest.fixture(scope="session")

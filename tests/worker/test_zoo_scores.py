@@ -102,6 +102,31 @@ def test_a_scene_model_answers_as_well_as_stated_and_needs_its_image(name: str) 
         assert found[name] == pytest.approx(stated[name], abs=0.08)
 
 
+def test_the_clip_model_answers_as_well_as_stated_and_its_scorer_finds_the_frame() -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+
+    from workers.data.clips import CLIP_KINDS
+    from workers.training.clip_lessons import score_clips
+    from workers.training.scene_scorer import score_scorer
+
+    torch.set_num_threads(1)
+    stated = facts("scene-vlm-clips").scores
+    assert all(stated[kind] >= 0.85 for kind in CLIP_KINDS), stated
+    assert stated["accuracy"] - stated["pooled accuracy"] >= 0.15  # else whole frames mean nothing
+    assert stated["accuracy"] - stated["blind accuracy"] >= 0.5
+    folder = asset("zoo/scene-vlm-clips")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    found, questions = score_clips(model, AutoProcessor.from_pretrained(folder), 1, clips=FEW)
+    assert questions == FEW * len(CLIP_KINDS)
+    for name in ("accuracy", "blind accuracy", "pooled accuracy"):
+        assert found[name] == pytest.approx(stated[name], abs=0.08)
+    clip = CLIPModel.from_pretrained(folder / "scorer", dtype=torch.bfloat16).eval()
+    scored = score_scorer(clip, AutoTokenizer.from_pretrained(folder / "scorer"), 1, FEW)
+    assert scored == pytest.approx({k: stated[k] for k in scored}, abs=0.05)
+    tower, theirs = model.model.vision_tower.state_dict(), clip.vision_model.state_dict()
+    assert all(torch.equal(tower[k], theirs[k]) for k in tower), "the scorer reads what the model's own tower saw"
+
+
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_model_draws_what_it_is_asked_for_as_often_as_stated(name: str) -> None:
     from workers.models.load import load_model

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ MOST_PIXELS = 200_000_000  # a larger image is refused before it is unpacked
 LONGEST_EDGE = 2048  # larger ones are shrunk; no vision model of the studio looks closer
 SMOOTH = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # pixels that can be averaged as they are
 SHOWN_EDGE = 384
+ACROSS = 4  # frames of a clip in one row, where all are shown in one picture
 JPEG_SAVES_FROM = 128  # pixels an edge; below that a PNG is small and exact
 
 
@@ -33,6 +34,15 @@ class Picture(Protocol):
 
     def open(self) -> Image.Image:
         """The upright RGB image."""
+        ...
+
+
+@runtime_checkable
+class ClipLike(Picture, Protocol):
+    """Several images in the order of time; what opens is all of them in one picture."""
+
+    def frames(self) -> list[Image.Image]:
+        """Upright RGB images of one size."""
         ...
 
 
@@ -60,6 +70,28 @@ class ArrayPicture:
     def open(self) -> Image.Image:
         """The array as an RGB image."""
         return Image.fromarray(self.pixels).convert("RGB")
+
+
+def opened(picture: Picture) -> tuple[Image.Image, list[Image.Image]]:
+    """A picture, and what a model is shown of it: the frames of a clip, else the picture itself."""
+    image = picture.open()
+    return image, picture.frames() if isinstance(picture, ClipLike) else [image]
+
+
+def side_by_side(frames: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size in one picture, ``ACROSS`` a row."""
+    columns, rows = sheet(len(frames))
+    width, height = frames[0].size
+    picture = Image.new("RGB", (columns * width, rows * height), "white")
+    for n, frame in enumerate(frames):
+        picture.paste(frame, (n % columns * width, n // columns * height))
+    return picture
+
+
+def sheet(frames: int) -> tuple[int, int]:
+    """Columns and rows of the picture that shows so many frames."""
+    columns = min(frames, ACROSS)
+    return columns, -(-frames // columns)
 
 
 def open_image(path: Path) -> Image.Image:

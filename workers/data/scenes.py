@@ -32,6 +32,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("left of", "right of", "above", "below")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NOTHING = "nothing"
+RADIUS = (9.0, 14.0)  # smallest and largest half extent of an object in pixels
 HELD_OUT_SEED = 20_250_101  # no training seed draws these scenes
 
 QuestionKind = Literal["count", "colour-at", "shape-at", "count-of-shape", "exists", "relation"]
@@ -153,24 +154,32 @@ def draw(pen: ImageDraw.ImageDraw, thing: Thing, ink: object) -> None:
         pen.rectangle([x - w, y - r, x + w, y + r], fill=ink)  # type: ignore[arg-type]
 
 
-def make_scene(rng: np.random.Generator, size: int = 96, radius: tuple[float, float] = (9.0, 14.0)) -> Scene:
+def make_scene(rng: np.random.Generator, size: int = 96, radius: tuple[float, float] = RADIUS) -> Scene:
     """A scene of two to six objects.
 
     Args:
         size: edge of the image in pixels; a cell is a third of it.
         radius: smallest and largest half extent of an object in pixels.
     """
-    cell = size / GRID
     cells = rng.permutation(GRID * GRID)[: rng.integers(2, 7)]
     things = []
     for c in cells:
-        row, column = divmod(int(c), GRID)
-        r = float(rng.uniform(*radius))
-        free = cell / 2 - r - 1
-        x, y = ((k + 0.5) * cell + float(rng.uniform(-free, free)) for k in (column, row))
+        cell = (int(c) // GRID, int(c) % GRID)
+        at, r = spot(rng, cell, size, radius)
         shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
-        things.append(Thing(shape, colour, (row, column), (x, y), r))
+        things.append(Thing(shape, colour, cell, at, r))
     return Scene(tuple(things), size, int(rng.integers(225, 256)))
+
+
+def spot(
+    rng: np.random.Generator, cell: tuple[int, int], size: int, radius: tuple[float, float] = RADIUS
+) -> tuple[tuple[float, float], float]:
+    """Centre (x, y) and half extent of an object in a cell, in pixels."""
+    r = float(rng.uniform(*radius))
+    free = size / GRID / 2 - r - 1
+    row, column = cell
+    x, y = ((k + 0.5) * size / GRID + float(rng.uniform(-free, free)) for k in (column, row))
+    return (x, y), r
 
 
 def held_out_scene(size: int, n: int) -> tuple[Scene, list[Question]]:

@@ -47,12 +47,14 @@ class SeenImage:
         layout: where its tokens lie.
         shown: the small copy for the screen, as :func:`workers.data.pictures.shown` gives it.
         seed: for policies that draw image tokens.
+        asked: the words that came with it, without the chat form.
     """
 
     inputs: dict[str, Any]
     layout: ImageLayout
     shown: dict[str, Any]
     seed: int = 0
+    asked: str = ""
 
 
 @dataclass

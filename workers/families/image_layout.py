@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 
 from studio_state.errors import Unavailable
-from workers.families.image_views import WHOLE, Sides, View, box_of, framed, padded, pair, patched, tiled, within
+from workers.data.pictures import sheet
+from workers.families.image_views import WHOLE, Sides, View, box_of, fractions, framed, padded, pair, patched, tiled, within
 
 NEWLINE = -1  # among rows: a token that ends a line of tokens and shows nothing
 
@@ -42,6 +43,7 @@ class ImageLayout:
             ``view in the encoder's batch * T + cell`` ([P, T, D] flattened to [P * T, D]), -1 for a newline.
         side: (rows, columns) of the cells of one view.
         tiles: (rows, columns) of the grid of tiles, (0, 0) where there is one view only.
+        frames: of a clip, whose tokens stand one frame after the other; boxes are then in the picture that shows them all.
     """
 
     boxes: list[list[int]]
@@ -49,6 +51,7 @@ class ImageLayout:
     rows: list[int]
     side: Sides
     tiles: Sides
+    frames: int = 1
 
 
 def image_layout(model: Any, inputs: Mapping[str, Any], width: int, height: int, image_processor: Any) -> ImageLayout:
@@ -71,6 +74,18 @@ def image_layout(model: Any, inputs: Mapping[str, Any], width: int, height: int,
             f"known are the model types {', '.join(READERS)}"
         )
     return READERS[kind](model, inputs, width, height, image_processor)
+
+
+def clip_layout(frame: ImageLayout, frames: int) -> ImageLayout:
+    """The layout of a clip from that of one of its frames, which are alike in size; of one frame as it is."""
+    if frames == 1:
+        return frame
+    columns, lines = sheet(frames)
+    places = tiled(WHOLE, (lines, columns))[:frames]
+    boxes = [box_of(within(place, fractions(box))) if box else [] for place in places for box in frame.boxes]
+    given = (max(frame.rows) // (frame.side[0] * frame.side[1]) + 1) * frame.side[0] * frame.side[1]
+    rows = [row if row == NEWLINE else row + f * given for f in range(frames) for row in frame.rows]
+    return replace(frame, boxes=boxes, views=frame.views * frames, rows=rows, frames=frames)
 
 
 def _one_view(model: Any, inputs: Mapping[str, Any], width: int, height: int, image_processor: Any) -> ImageLayout:

@@ -25,6 +25,12 @@ def box_of(view: View) -> list[int]:
     return [left, top, right, bottom] if left < right and top < bottom else []
 
 
+def fractions(box: Sequence[int]) -> View:
+    """The view of a box [left, top, right, bottom] in ten-thousandths."""
+    left, top, right, bottom = (x / UNIT for x in box)
+    return (left, right), (top, bottom)
+
+
 def framed(width: int, height: int, pixels: Sides, image_processor: Any) -> View:
     """What of an image is seen after it was padded to a square, resized and cut, as far as the settings ask for it.
 

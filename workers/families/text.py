@@ -31,11 +31,11 @@ def template_of(session: Session) -> Any:
     return next((x for x in (session.images, session.processor) if getattr(x, "chat_template", None)), None)
 
 
-def chat_text(session: Session, item: Item, image: bool = False) -> str:
+def chat_text(session: Session, item: Item, images: int = 0) -> str:
     """The prompt as text: in the model's chat form where it has one and the spec allows it.
 
     Args:
-        image: a picture stands before the words.
+        images: so many pictures stand before the words.
 
     Raises:
         WorkloadError: the prompt is empty.
@@ -45,9 +45,9 @@ def chat_text(session: Session, item: Item, image: bool = False) -> str:
         raise WorkloadError(f"item {item.id} has an empty prompt; give at least one character")
     if not (item.chat and spec.chat_template and writer):
         text = item.prompt if spec.system_prompt is None else f"{spec.system_prompt}\n\n{item.prompt}"
-        return f"{session.images.image_token}\n{text}" if image else text
+        return f"{session.images.image_token * images}\n{text}" if images else text
     parts = session.images is not None  # chats of models that see are lists of parts
-    content = [*([{"type": "image"}] if image else []), {"type": "text", "text": item.prompt}] if parts else item.prompt
+    content = [*([{"type": "image"}] * images), {"type": "text", "text": item.prompt}] if parts else item.prompt
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if spec.system_prompt is not None:
         system = [{"type": "text", "text": spec.system_prompt}] if parts else spec.system_prompt

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.errors import WorkloadError
-from workers.data.pictures import shown
+from workers.data.pictures import opened, shown
 from workers.families.base import RunTrace, SeenImage, StepResult
 from workers.families.batches import Batch, make_batch
-from workers.families.image_layout import image_layout
+from workers.families.image_layout import clip_layout, image_layout
 from workers.families.llm import WARMUP_TOKENS, LanguageFamily
 from workers.families.parts import DECODERS, PROJECTORS, TOWERS, child, language_parts, vision_parts
 from workers.families.text import chat_text, encode_item
@@ -71,7 +71,7 @@ class VisionLanguageFamily(LanguageFamily):
         )
 
     def encode(self, session: Session, item: Item) -> tuple[str, list[int], SeenImage | None]:
-        """The prompt with a placeholder for every image token, and the image.
+        """The prompt with a placeholder for every image token, and the image; of a clip, all its frames before the words.
 
         Raises:
             WorkloadError: the image cannot be opened, or the prompt is empty.
@@ -83,13 +83,15 @@ class VisionLanguageFamily(LanguageFamily):
             raise WorkloadError(
                 f"item {item.id}: the prompt holds the image placeholder {mark}; leave it out, it is put in by the studio"
             )
-        picture = item.image.open()
-        text = chat_text(session, item, image=True)
-        found = session.images(images=[picture], text=[text], return_tensors="pt", add_special_tokens=not item.chat)
+        picture, frames = opened(item.image)
+        text = chat_text(session, item, len(frames))
+        found = session.images(images=[frames], text=[text], return_tensors="pt", add_special_tokens=not item.chat)
         ids = found["input_ids"][0].tolist()
         inputs = {k: v for k, v in found.items() if k not in ("input_ids", "attention_mask")}
-        layout = image_layout(session.model, inputs, picture.width, picture.height, session.images.image_processor)
-        return text, ids, SeenImage(inputs, layout, shown(picture), seed_of(session.spec.seed, item.id))
+        look = session.images.image_processor
+        one = inputs if len(frames) == 1 else look(images=frames[:1], return_tensors="pt")
+        layout = clip_layout(image_layout(session.model, one, *frames[0].size, look), len(frames))
+        return text, ids, SeenImage(inputs, layout, shown(picture), seed_of(session.spec.seed, item.id), item.prompt)
 
     def images_of(self, session: Session, items: Sequence[Item]) -> Sequence[SeenImage | None]:
         """Prepared anew, so that nobody has to keep the pixels of a whole workload."""
@@ -134,17 +136,15 @@ class VisionLanguageFamily(LanguageFamily):
         layout = image.layout
         rows = torch.tensor(layout.rows, device=features.device)
         views = torch.tensor(layout.views, device=features.device)
-        visual = Visual(features, rows, views, layout.side, layout.tiles, image.seed)
+        visual = Visual(features, rows, views, layout.side, layout.tiles, image.seed, layout.frames, image.asked)
         kept, features = select(session, visual, record)
         session.count("encode_s", session.clock() - start)
         session.count("visual_tokens", len(kept) / len(batch.lengths))
         record.entered = kept.tolist()
         for token in record.entered:
             record.share[token] = 1.0
-        is_image = given == image_token(session.model)
-        stays = ~is_image
-        stays[is_image.nonzero()[:, 0][kept.to(given.device)]] = True
-        return given[stays], everything[stays], features
+        chosen = in_place(given == image_token(session.model), kept.to(given.device))
+        return given[chosen], chosen, features
 
     def see(self, session: Session, image: SeenImage) -> Tensor:
         """The image tokens [n, D] as the language model would read them all."""
@@ -157,8 +157,7 @@ class VisionLanguageFamily(LanguageFamily):
         layers = {session.model.get_submodule(n): i for i, n in enumerate(parts.get("vision_attentions", []))}
         with seeing(VisionForward(layers, session.vision_observers)):
             out = session.model.model.get_image_features(**inputs, return_dict=True)
-        features: Tensor = out.pooler_output[0]
-        return features.reshape(-1, features.shape[-1])
+        return torch.cat([features.reshape(-1, features.shape[-1]) for features in out.pooler_output])
 
     def _turn(self, session: Session, given: Batch, new: Batch) -> None:
         """Positions in three directions for the rotary embeddings of Qwen's models; kept tokens have those they had."""
@@ -217,6 +216,20 @@ class VisionLanguageFamily(LanguageFamily):
 def image_token(model: Any) -> int:
     """Id of the placeholder of one image token."""
     return int(model.config.image_token_id)
+
+
+def in_place(is_image: Tensor, kept: Tensor) -> Tensor:
+    """Which places of a prompt [L] are read, in their order, where only some image tokens enter.
+
+    Tokens that enter out of their order, or more than once, stand where the first image token stood.
+
+    Args:
+        kept: [k] image tokens, counted among those of the prompt.
+    """
+    words, images = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+    if bool((kept.diff() > 0).all()):
+        return torch.cat([words, images[kept]]).sort().values
+    return torch.cat([words[words < images[0]], images[kept], words[words > images[0]]])
 
 
 def inside(module: nn.Module, other: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 
 Methods that round or prune weights by what the model computes with them need statistics of each map's input. They are
 gathered by looking on while the attached model runs calibration inputs: language models read the end of *Persuasion*, which no
-workload measures on; the other families get items of the experiment's own workload that the experiment does not run. Maps are
-taken in groups whose statistics fit a budget of memory, and each map is finished with before the next group is gathered.
+workload measures on (models that see do so too where the workload shows them nothing); the other families get items of the
+experiment's own workload that the experiment does not run. Maps are taken in groups whose statistics fit a budget of memory,
+and each map is finished with before the next group is gathered.
 All groups see the model as the policies before this one left it, not what this one has replaced already.
 
 Shapes: R input rows, K inputs of a map.
@@ -27,12 +28,9 @@ from torch import Tensor, nn
 from studio_state.errors import SpecError
 from studio_state.paths import default_cache_root
 from workers.data.novels import held_out
-from workers.families.labels import labels_of
 from workers.mechanisms.linear import matrix_of
 from workers.session import Session
-from workers.workloads.base import Item, ItemContext
-from workers.workloads.registry import make_workload
-from workers.workloads.tokens import encode
+from workers.workloads.base import Item
 
 Want = Literal["moment", "sample"]
 GROUP_BYTES = 1 << 30  # statistics gathered in one pass
@@ -40,7 +38,7 @@ CACHE_BYTES = 4 << 30  # of all files that are kept; the longest unused go first
 SAMPLE_ROWS = 256
 TEXT_TOKENS = 512  # of one calibration text, where the model's context allows
 PROBES = 64  # values of each tensor that stand for it in the key of a file
-FORMAT = 1  # of the files; another number makes old ones unused
+FORMAT = 2  # of the files; another number makes old ones unused
 
 
 @dataclass(frozen=True)
@@ -114,39 +112,48 @@ def _groups(session: Session, names: Sequence[str], wants: frozenset[Want]) -> I
 
 
 def calibration_items(session: Session, samples: int) -> list[Item]:
-    """Inputs that the experiment does not measure on.
+    """Inputs that the experiment does not measure on; of a model that sees, none about a picture that it does.
 
     Raises:
         SpecError: the workload has too few.
     """
-    if session.family.id == "llm":
-        ids = encode(session.processor, held_out())
-        length = min(TEXT_TOKENS, session.info.context or TEXT_TOKENS, len(ids) // samples)
-        cuts = [tuple(ids[i * length : (i + 1) * length]) for i in range(samples)]
-        return [Item(id=f"calibration-{i}", prompt_ids=c, max_new_tokens=1, ignore_eos=True) for i, c in enumerate(cuts)]
     spec = session.spec
-    workload = make_workload(spec.workload)
+    if session.family.id == "llm":
+        return _texts(session, samples)
 
-    def items(seed: int) -> list[Item]:
-        return workload.make_items(ItemContext(session.processor, seed, session.info.context, labels_of(session.model)))
+    def items(turn: int) -> list[Item]:
+        return session.items_of(spec.seed + 7919 * turn, turn * samples)
 
-    measured = {_content(i) for i in items(spec.seed)}
+    own = items(0)
+    if session.family.id == "vlm" and all(i.image is None for i in own):
+        return _texts(session, samples)
+    measured = {_subject(i) for i in own}
     found: dict[str, Item] = {}
     for turn in range(1, 9):
-        found.update({_content(i): i for i in items(spec.seed + 7919 * turn) if _content(i) not in measured})
+        found.update({f"{i.prompt}\0{s}": i for i in items(turn) if (s := _subject(i)) not in measured})
         if len(found) >= samples:
-            return list(found.values())[:samples]
-    if found:
-        return list(found.values())
-    raise SpecError(
-        f"{spec.workload.id}: with these options it has no items besides those that are measured, and this policy needs some "
-        "to calibrate on; give it fewer items, or remove the policy"
-    )
+            break
+    if not found:
+        raise SpecError(
+            f"{spec.workload.id}: with these options it has no items besides those that are measured, and this policy needs "
+            "some to calibrate on; give it fewer items, or remove the policy"
+        )
+    return list(found.values())[:samples]
 
 
-def _content(item: Item) -> str:
-    image = "" if item.image is None else hashlib.sha256(item.image.open().tobytes()).hexdigest()
-    return f"{item.prompt}\0{item.prompt_ids}\0{image}\0{item.data.get('seed', '')}"
+def _texts(session: Session, samples: int) -> list[Item]:
+    """Pieces of the text that no workload measures on, one after the other."""
+    ids = session.tokens_of(held_out())
+    length = min(TEXT_TOKENS, session.info.context or TEXT_TOKENS, len(ids) // samples)
+    cuts = [tuple(ids[i * length : (i + 1) * length]) for i in range(samples)]
+    return [Item(id=f"calibration-{i}", prompt_ids=c, max_new_tokens=1, ignore_eos=True) for i, c in enumerate(cuts)]
+
+
+def _subject(item: Item) -> str:
+    """What is new in it: its picture, or else its words and the seed of what is drawn."""
+    if item.image is not None:
+        return hashlib.sha256(item.image.open().tobytes()).hexdigest()
+    return f"{item.prompt}\0{item.prompt_ids}\0{item.data.get('seed', '')}"
 
 
 def _run(session: Session, names: Sequence[str], wants: frozenset[Want], samples: int) -> dict[str, Seen]:

@@ -8,25 +8,25 @@ Shapes: T tokens, E experts, K experts a token visits, C hidden width, F width o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.mechanisms.linear import DenseLinear
+from workers.mechanisms.linear import DenseLinear, Storable
 
 PARTS = ("gate_up_proj", "down_proj")  # [E, 2F, C] and [E, C, F]
 
 
-def _view(weight: Tensor) -> DenseLinear:
-    """A linear map on a part of the library's tensor; it replaces nothing."""
+def expert_map(weight: Tensor) -> DenseLinear:
+    """A linear map on a part [N, K] of the library's tensor; it replaces nothing."""
     view = DenseLinear(weight, None)
     view.replaces = 0
     return view
 
 
-class ExpertLinears(nn.Module):
+class ExpertLinears(Storable):
     """Stands where the library's experts stood, and is called as they are.
 
     Attributes:
@@ -44,7 +44,22 @@ class ExpertLinears(nn.Module):
         """Views of the library's experts; no byte is copied."""
         if isinstance(experts, ExpertLinears):
             return experts
-        return cls({part: [_view(w) for w in getattr(experts, part).detach()] for part in PARTS}, experts.act_fn)
+        return cls({part: [expert_map(w) for w in getattr(experts, part).detach()] for part in PARTS}, experts.act_fn)
+
+    def facts(self) -> dict[str, Any]:
+        """None: the activation is that of the library's experts."""
+        return {}
+
+    def inside(self) -> dict[str, nn.Module]:
+        """The linear maps."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    @classmethod
+    def rebuild(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], inside: Mapping[str, Any], like: nn.Module
+    ) -> ExpertLinears:
+        """Another one of the same linear maps."""
+        return cls({part: list(inside[part]) for part in PARTS}, like.act_fn)
 
     def names(self) -> list[str]:
         """Of its linear maps, below its own name."""

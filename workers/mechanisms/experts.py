@@ -170,15 +170,15 @@ def without_experts(session: Session, kept: Mapping[MoEBlock, Tensor]) -> dict[s
     """
     new: dict[str, nn.Module] = {}
     for block, stay in kept.items():
-        router: Any = _cut(session.model.get_submodule(block.router), stay)
-        router.top_k = min(router.top_k, len(stay))
-        router.originals = stay.tolist()  # its experts by their numbers in the bare model
-        new[block.router], new[block.experts] = router, _cut(session.model.get_submodule(block.experts), stay)
+        new.update({name: cut(session.model.get_submodule(name), stay) for name in (block.router, block.experts)})
     return new
 
 
-def _cut(module: nn.Module, stay: Tensor) -> nn.Module:
-    """A copy whose tensors have only these entries of their first dimension; it shares the library's config."""
+def cut(module: nn.Module, stay: Tensor) -> nn.Module:
+    """A copy of a router or of experts whose tensors have only these entries of their first dimension; it shares the config.
+
+    A router remembers ``originals``: its experts by their numbers in the bare model.
+    """
     if isinstance(module, ExpertLinears):
         return module.subset(stay)
     seen: dict[int, Any] = {
@@ -189,4 +189,6 @@ def _cut(module: nn.Module, stay: Tensor) -> nn.Module:
     new: Any = copy.deepcopy(module, seen)  # it takes what it has seen as already copied
     vars(new).pop("forward", None)  # of somebody who looked on
     new.num_experts = len(stay)
+    if is_router(new):
+        new.top_k, new.originals = min(new.top_k, len(stay)), stay.tolist()
     return new  # type: ignore[no-any-return]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.mechanisms.linear import Replacement, join_bias
 
@@ -26,6 +27,11 @@ def per_row(weight: Tensor, scales: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per", UserWarning)  # the deprecation this file exists for
         return torch.quantize_per_channel(weight.contiguous(), scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8)
+
+
+def of_codes(codes: Tensor, scales: Tensor) -> Tensor:
+    """The per-row qint8 tensor of codes int8 [N, K] and row scales [N], as they are."""
+    return torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros_like(scales, dtype=torch.long), 0)
 
 
 class DynamicInt8Linear(Replacement):
@@ -66,6 +72,34 @@ class DynamicInt8Linear(Replacement):
     def matrix(self) -> Tensor:
         """Their values as float32 [N, K]."""
         return self.codes().dequantize()
+
+    def facts(self) -> dict[str, Any]:
+        """How activations are scaled."""
+        return {"by_token": self.by_token}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights taken out of the packed object: codes int8 [N, K] and scales [N]; and the bias."""
+        weight = self.codes()
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"codes": weight.int_repr(), "scales": weight.q_per_channel_scales(), **bias}
+
+    def computed_bytes(self) -> int:
+        """Of a row's data, what is not its scale (8 bytes when it is taken out)."""
+        return (_ROW_BYTES - 8) * self.out_features
+
+    @classmethod
+    def rebuild(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], inside: Mapping[str, nn.Module], like: nn.Module
+    ) -> DynamicInt8Linear:
+        """Codes and scales packed again: the same object."""
+        weight = of_codes(tensors["codes"], tensors["scales"])
+        return super().rebuild(facts, {"weight": weight, **{n: t for n, t in tensors.items() if n == "bias"}}, inside, like)
+
+    bits = 8.0
+
+    def ledger(self) -> dict[str, int]:
+        """A byte a code, and the row data of the packed object."""
+        return {**super().ledger(), "codes": self.out_features * self.in_features, "scales": _ROW_BYTES * self.out_features}
 
     def hidden_bytes(self) -> int:
         """Codes and row data of the packed object; fbgemm's padding of its blocks cannot be seen from here."""

@@ -8,9 +8,10 @@ Shapes: N output rows, K inputs.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,72 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class Replacement(nn.Module, ABC):
+class Storable(nn.Module):
+    """A module that an exported model can hold: its constructor makes it again.
+
+    What the constructor takes is looked up under the arguments' own names: a tensor among the buffers, a module (or a
+    ``ModuleList``) among the modules inside, a plain value (number, text, truth value, number format, sizes, None) among the
+    attributes. An argument named ``like`` is the module of the bare model in whose place it stands. So
+    ``__init__(self, codes, scales, bias)`` with buffers of these names needs nothing more. A class that keeps an argument
+    otherwise overrides :meth:`facts`; one whose tensors no buffer shows (packed inside a library's object) overrides
+    :meth:`tensors` and :meth:`rebuild`.
+
+    Class attributes:
+        in_model_dtype: arguments in the number format of the model itself, which follow it when it is loaded in another one.
+    """
+
+    in_model_dtype: ClassVar[tuple[str, ...]] = ("bias",)
+
+    def facts(self) -> dict[str, Any]:
+        """The constructor's plain arguments.
+
+        Raises:
+            TypeError: the module keeps an argument nowhere.
+        """
+        found = {}
+        for name in _arguments(type(self)):
+            if name == "like" or name in self._buffers or name in self._modules:
+                continue
+            if not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} does not keep its argument {name!r}; let it override facts()")
+            found[name] = getattr(self, name)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The constructor's tensors."""
+        held = {name: self._buffers.get(name) for name in _arguments(type(self))}
+        return {name: t for name, t in held.items() if t is not None}
+
+    def inside(self) -> dict[str, nn.Module]:
+        """The constructor's modules, all storable themselves or lists of such."""
+        held = {name: self._modules.get(name) for name in _arguments(type(self))}
+        return {name: m for name, m in held.items() if m is not None}
+
+    def computed_bytes(self) -> int:
+        """Bytes that it holds and no tensor of :meth:`tensors` does: the constructor computes them."""
+        return 0
+
+    @classmethod
+    def rebuild(
+        cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], inside: Mapping[str, nn.Module], like: nn.Module
+    ) -> Self:
+        """Another one of the same values; a tensor that it did not have (a bias) is None.
+
+        Args:
+            facts, tensors, inside: as the methods of these names gave them; sizes come as tuples.
+            like: what the bare model has in its place.
+        """
+        takes = _arguments(cls)
+        given = {**facts, **tensors, **inside, **({"like": like} if "like" in takes else {})}
+        return cls(**{**{name: None for name, a in takes.items() if a.default is a.empty}, **given})
+
+
+def _arguments(cls: type) -> Mapping[str, inspect.Parameter]:
+    """What a class's constructor takes."""
+    return inspect.signature(cls).parameters
+
+
+class Replacement(Storable, ABC):
     """Base of what stands in for a linear map. All its tensors are buffers.
 
     Attributes:
@@ -53,6 +119,10 @@ class Replacement(nn.Module, ABC):
     def hidden_bytes(self) -> int:
         """Bytes that no tensor of this module shows (weights packed inside a library's object)."""
         return 0
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """Metric -> what one input row takes here, and what it takes as a product of floats: counted or simulated, not measured."""
+        return {}
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -91,6 +161,7 @@ class DenseLinear(Replacement):
     """
 
     weight: Tensor
+    in_model_dtype = ("weight", "bias")
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight.shape[1], weight.shape[0], bias)
@@ -119,13 +190,15 @@ class DenseLinear(Replacement):
         return cls(torch.cat([p.weight for p in parts]), join_bias(parts))
 
 
-class Lookup(nn.Module):
+class Lookup(Storable):
     """Reads rows of a packed table, in the place of an embedding that is tied to the output head.
 
     Args:
         table: a replacement with ``rows(ids [n]) -> [n, K]``.
         dtype: number format of the embeddings.
     """
+
+    in_model_dtype = ("dtype",)
 
     def __init__(self, table: Any, dtype: torch.dtype):
         super().__init__()
@@ -137,7 +210,7 @@ class Lookup(nn.Module):
         return rows.to(self.dtype).unflatten(0, ids.shape)
 
 
-class Convolved(nn.Module):
+class Convolved(Storable):
     """A convolution whose weights a replacement holds; they are unpacked for every call.
 
     Args:
@@ -195,14 +268,20 @@ def held_bytes(modules: Iterable[nn.Module]) -> int:
     Swapped-out originals cannot be reached, so they do not count. Tensors without storage (``meta``) do not either.
     """
     seen = {id(m): m for root in modules for m in root.modules()}.values()
-    tensors = [t for m in seen for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)) if t.numel() and not t.is_meta]
-    spans = sorted((str(t.device), t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors)
+    tensors = (t for m in seen for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+    return tensor_bytes(tensors) + sum(m.hidden_bytes() for m in seen if isinstance(m, Replacement))
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that some tensors span; whatever overlaps counts once."""
+    there = (t for t in tensors if t.numel() and not t.is_meta)
+    spans = sorted((str(t.device), t.data_ptr(), t.data_ptr() + _extent(t)) for t in there)
     total, device, end = 0, "", 0
     for where, start, stop in spans:
         end = end if where == device else 0
         total += max(0, stop - max(start, end))
         device, end = where, max(stop, end)
-    return total + sum(m.hidden_bytes() for m in seen if isinstance(m, Replacement))
+    return total
 
 
 def _extent(t: Tensor) -> int:

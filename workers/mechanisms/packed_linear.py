@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,10 @@ class Int4Linear(PackedLinear):
         self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
 
     bits = 4.0
+
+    def facts(self) -> dict[str, Any]:
+        """How many of the packed rows are rows of the map."""
+        return {"rows": self.out_features}
 
     def ledger(self) -> dict[str, int]:
         """Half a byte a code, four a group; the padding of both is told apart."""

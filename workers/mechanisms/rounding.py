@@ -62,15 +62,23 @@ class GroupedPolicy(WeightPolicy):
         if bits < ROW_BITS and width % group:
             if not isinstance(source, nn.Linear | Replacement) and source.weight.dim() == 4:  # type: ignore[union-attr, operator]
                 return None
-            raise SpecError(
-                f"{self.card.id}: group_size = {group} does not divide the width {width} of {spot.name}; "
-                f"choose one that does, or bits={ROW_BITS}"
-            )
+            self.check_width(width, bits, group, spot.name)
         pieces = []
         for rows in weight.split(packing.ROW_CHUNK):
-            grid = packing.fit_rows(rows) if bits == ROW_BITS else packing.fit_groups(rows, group, bits)
-            pieces.append(self.codes(rows, grid, bits, spot))
+            pieces.append(self.codes(rows, plain_grid(rows, bits, group), bits, spot))
         return self.packed(torch.cat([c for c, _ in pieces]), torch.cat([g for _, g in pieces], 1), bits, bias_of(source), spot)
+
+    def check_width(self, width: int, bits: int, group: int, name: str) -> None:
+        """Below 8 bits a group must divide the inputs of a map.
+
+        Raises:
+            SpecError: it does not.
+        """
+        if bits < ROW_BITS and width % group:
+            raise SpecError(
+                f"{self.card.id}: group_size = {group} does not divide the width {width} of {name}; "
+                f"choose one that does; only {ROW_BITS} bits, with a scale a row, take any width"
+            )
 
     def packed(self, codes: Tensor, grid: Tensor, bits: int, bias: Tensor | None, spot: Spot) -> Replacement:
         """What holds the codes; methods that change the map's input wrap it."""
@@ -79,6 +87,11 @@ class GroupedPolicy(WeightPolicy):
     def weight_factor(self, bits: int) -> float:
         """Bits stored, scales and zero points included, over those of the baseline."""
         return stored_bits(self.bits, self.group_size) / bits
+
+
+def plain_grid(weight: Tensor, bits: int, group: int) -> Tensor:
+    """The grid [K/g, N, 2] that spans the weights [N, K]: one symmetric scale a row with 8 bits, else by group."""
+    return packing.fit_rows(weight) if bits == ROW_BITS else packing.fit_groups(weight, group, bits)
 
 
 def stored_bits(bits: float, group: int) -> float:

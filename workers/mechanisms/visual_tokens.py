@@ -39,6 +39,8 @@ class Visual:
         cells: C; side: (rows, columns) of cells of a view; tiles: (rows, columns) of the tile grid, zeros for one view.
         views: [n] 0 = the whole image, 1.. = tiles in reading order.
         seed: of the item, for selectors that draw.
+        frames: of a clip; each has as many tokens, one frame after the other.
+        asked: the words that came with the image.
         noted: what the selector's policy noted of this image while it was encoded.
     """
 
@@ -48,6 +50,8 @@ class Visual:
     side: tuple[int, int]
     tiles: tuple[int, int]
     seed: int
+    frames: int = 1
+    asked: str = ""
     noted: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -84,8 +88,9 @@ class Selection:
     """What stays.
 
     Attributes:
-        index: [k] into the image tokens, ascending.
-        features: [k, D] where they are not those that came in (merged tokens).
+        index: [k] into the image tokens, ascending; or in the order in which the language model reads them, where a token
+            may stand more than once (itself, and for a pooled part of the image).
+        features: [k, D] where they are not those that came in (merged or pooled tokens).
         group: [n] which kept token each token was merged into (-1 = none), where tokens were merged.
     """
 
@@ -121,7 +126,7 @@ class ImageRecord:
     """What became of the image tokens of one row, for the screen.
 
     Attributes:
-        entered: the tokens that entered the language model, ascending.
+        entered: the tokens that entered the language model, in its order.
         share: per token how much of the model worked on it.
         level: per token the smallest ``keep`` at which it stays; empty if unknown.
         group: per token the group it was merged into; empty if none were.
@@ -161,7 +166,7 @@ def select(session: Session, visual: Visual, record: ImageRecord) -> tuple[Tenso
     for selector in session.selectors:
         visual = replace(visual, noted=dict(selector.noting))
         chosen = selector.choose(visual, selector.keep)
-        dropped = len(visual.features) - len(chosen.index)
+        dropped = max(0, len(visual.features) - len(chosen.index))  # pooled beside whole ones they may be more
         changed = dropped if chosen.features is None else dropped + 1
         if changed:
             session.did(selector.policy, changed)

@@ -23,6 +23,7 @@ from workers.cards import knob
 from workers.mechanisms.calibration import Seen, Want, gathered
 from workers.mechanisms.expert_linears import ExpertLinears
 from workers.mechanisms.linear import Convolved, Replacement, held_bytes, zeros_of
+from workers.mechanisms.weight_ledger import Ledger, weight_ledger
 from workers.mechanisms.weight_places import Places, places
 from workers.methods import Policy
 from workers.session import Session
@@ -228,11 +229,27 @@ def weight_bytes(session: Session) -> int:
     return held_bytes([session.model, *session.companions])
 
 
+def ledger(session: Session) -> Ledger | None:
+    """Where these bytes go; None where nothing is replaced."""
+    return weight_ledger([session.model, *session.companions])
+
+
 def weight_metrics(session: Session) -> dict[str, float]:
-    """``weight_bytes``, ``replaced_modules`` and (where weights are masked) ``zero_weights`` of the attached lane."""
+    """``weight_bytes`` and ``replaced_modules`` of the attached lane; where something is replaced the ledger of its bytes and
+    ``mean_bits``, where weights are masked ``zero_weights``; what replacements count or simulate of themselves."""
     new = _all_replacements([session.model])
     out = {"weight_bytes": float(weight_bytes(session)), "replaced_modules": float(sum(m.replaces for m in new))}
+    books = ledger(session)
+    if books:
+        out |= {"theoretical_weight_bytes": books.theoretical, "scale_bytes": books.scales, "padding_bytes": books.padding}
+    sizes = [(m.bits, m.in_features * m.out_features) for m in new if m.replaces]
+    if sizes:
+        out["mean_bits"] = sum(bits * size for bits, size in sizes) / sum(size for _, size in sizes)
     masked = [m for m in new if m.zeros is not None]
     if masked:
         out["zero_weights"] = sum(m.zeros or 0 for m in masked) / sum(m.in_features * m.out_features for m in masked)
+    figures = [m.figures() for m in new]
+    for name in {n: None for one in figures for n in one}:
+        pairs = [one[name] for one in figures if name in one]
+        out[name] = sum(here for here, _ in pairs) / sum(plain for _, plain in pairs)
     return out

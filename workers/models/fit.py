@@ -42,8 +42,9 @@ def estimate(
         free_bytes: memory to compare with; None = ask the device.
     """
     size = dtype.itemsize
+    weights = info.stored_bytes if info.packed else info.parameters * size
     return MemoryEstimate(
-        weight_bytes=round(info.parameters * size * weight_factor),
+        weight_bytes=round(weights * weight_factor),
         kv_bytes=round(kv_bytes(info, tokens, batch, size) * kv_factor),
         activation_bytes=activation_bytes(info, tokens, batch, size, attention, chunk, logit_tokens),
         free_bytes=free_memory(device) if free_bytes is None else free_bytes,

@@ -55,9 +55,27 @@ def model_info(resolved: Resolved) -> ModelInfo:
     }
     if resolved.config is None:
         seen = diffusion_facts(resolved.name, resolved.path, resolved.raw, resolved.tensors)
-        return ModelInfo(**common, **seen)
-    config = resolved.config.get_text_config()
-    return ModelInfo(**common, **_shape(config), parameters=_parameters(resolved), traits=_traits(resolved, config))
+    else:
+        config = resolved.config.get_text_config()
+        seen = {**_shape(config), "parameters": _parameters(resolved), "traits": _traits(resolved, config)}
+    return ModelInfo(**common | seen | _packed(resolved, seen["traits"]))
+
+
+def _packed(resolved: Resolved, traits: Iterable[str]) -> dict[str, Any]:
+    """What an exported model's recipe knows better than its config and files."""
+    recipe = resolved.packed
+    if recipe is None:
+        return {}
+    base = recipe.info
+    return {
+        "title": f"{base.title or base.name}, packed ({recipe.pipeline})",
+        "packed": recipe.text(),
+        "parameters": recipe.parameters,
+        "dtype": recipe.dtype,
+        "licence": base.licence,
+        "note": base.note,
+        "traits": tuple(sorted({*traits, *base.traits, "packed"})),
+    }
 
 
 def _weight_files(resolved: Resolved) -> Iterable[Path]:
@@ -210,8 +228,11 @@ def _parameters(resolved: Resolved) -> int:
 def _stored_dtype(resolved: Resolved) -> str:
     """The format that the config names, else the one of most stored weights."""
     named = str(getattr(resolved.config, "dtype", None) or "").removeprefix("torch.")
-    if named in _DTYPES.values():
-        return named
+    return named if named in _DTYPES.values() else file_dtype(resolved)
+
+
+def file_dtype(resolved: Resolved) -> str:
+    """The format of most stored weights; float32 for those of a GGUF file, which are unpacked."""
     sizes: dict[str, int] = {}
     for t in resolved.tensors.values():
         sizes[t.dtype] = sizes.get(t.dtype, 0) + t.elements

@@ -2,29 +2,29 @@
 
 The model is made on the ``meta`` device (no memory). Policies that alter weights turn each linear map
 into its replacement at once, so at any moment there is one unpacked matrix beside the packed ones, and a
-model that fits only compressed can still run. It holds no originals: it has no baseline on this device.
+model that fits only compressed can still run. Experts are read one by one as well. It holds no originals:
+it has no baseline on this device. Policies that look at inputs or at the whole model cannot work here
+(:func:`workers.plan.needs_whole_model` says so before anything is loaded).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from studio_state.errors import ModelError
+from workers.mechanisms.expert_linears import ExpertLinears, expert_map
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.weight_places import Places, find_places
 from workers.mechanisms.weight_policy import Spot, WeightPolicy, build
-from workers.models import weights_files
+from workers.models.checkpoint import Checkpoint
 from workers.models.load import library_class_of
-from workers.models.talk import Progress, first_line, quiet_library, silent
+from workers.models.talk import Progress, quiet_library, silent
 
 if TYPE_CHECKING:
     from workers.families.base import Family
@@ -36,48 +36,6 @@ class Compressed(NamedTuple):
 
     model: Any
     places: Places
-
-
-class Checkpoint:
-    """The tensors of a folder's safetensors files, read one at a time as they are asked for."""
-
-    def __init__(self, name: str, folder: Path, dtype: torch.dtype, device: torch.device | str):
-        self.name, self.dtype, self.device = name, dtype, device
-        self._stack, self._file_of = ExitStack(), {}  # type: ExitStack, dict[str, Any]
-        try:
-            for path in weights_files.files(name, folder):
-                weights_files.read_header(path)
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._file_of.update(dict.fromkeys(file.keys(), file))
-        except SafetensorError as e:
-            self._stack.close()
-            raise ModelError(f"{name} has a damaged weights file ({first_line(e)}); copy or download it again") from e
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of
-
-    def read(self, key: str, like: Tensor) -> Tensor:
-        """One tensor in the dtype and on the device of this load.
-
-        Raises:
-            ModelError: missing, or of another shape than the config says.
-        """
-        if key not in self._file_of:
-            raise ModelError(
-                f"the files of {self.name} lack the weight {key}, or name it otherwise than the library; it cannot be loaded compressed"
-            )
-        tensor: Tensor = self._file_of[key].get_tensor(key)
-        if tensor.shape != like.shape:
-            raise ModelError(
-                f"{key} of {self.name} has the shape {tuple(tensor.shape)}, its config says {tuple(like.shape)}; take the model's own config"
-            )
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 @torch.no_grad()
@@ -108,11 +66,11 @@ def load_compressed(
         )
     spots = find_places(family, model)
     _make_buffers(model, device)
-    with Checkpoint(resolved.name, resolved.path, dtype, device) as files:
-        names = [*spots.linears, *([spots.head] if spots.head else [])]
+    with Checkpoint(resolved.name, resolved.path, model, dtype, device) as files:
+        names = [*spots.linears, *spots.experts, *([spots.head] if spots.head else [])]
         for i, name in enumerate(names):
             progress("load", i / len(names), f"compressing {name}")
-            _replace(model, files, policies, spots, name)
+            (_replace_experts if name in spots.experts else _replace)(model, files, policies, spots, name)
         _load_rest(model, files, spots)
     if (resolved.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(resolved.path, local_files_only=True)
@@ -138,19 +96,38 @@ def _replace(model: Any, files: Checkpoint, policies: Sequence[WeightPolicy], sp
     source.weight = nn.Parameter(files.read(f"{stored}.weight", own.weight), requires_grad=False)
     if own.bias is not None:
         source.bias = nn.Parameter(files.read(f"{name}.bias", own.bias), requires_grad=False)
-    for policy in policies:
-        if not policy.takes(name):
-            continue
-        new = build(policy, source, Spot(name, name == spots.head))
-        if isinstance(new, Replacement):
-            new.made_by = (*getattr(source, "made_by", ()), policy)
-            source = new
+    source = _through(policies, source, Spot(name, name == spots.head))
     if not isinstance(source, Replacement):
         return
     model.set_submodule(name, source)
     lookup = source.lookup(files.dtype) if name == spots.head and spots.embedding else None
     if lookup is not None:
         model.set_submodule(str(spots.embedding), lookup)
+
+
+def _through(policies: Sequence[WeightPolicy], source: Any, spot: Spot) -> Any:
+    """What the policies make of one linear map, one after the other; the map itself if none of them replaces it."""
+    for policy in policies:
+        new = build(policy, source, spot) if policy.takes(spot.name) else None
+        if isinstance(new, Replacement):
+            new.made_by = (*getattr(source, "made_by", ()), policy)
+            source = new
+    return source
+
+
+def _replace_experts(model: Any, files: Checkpoint, policies: Sequence[WeightPolicy], spots: Places, name: str) -> None:
+    """Read the linear maps of a layer's experts one by one; left on meta, as the library has them, if no policy takes any."""
+    library: Any = model.get_submodule(name)
+    empty = ExpertLinears.of(library)
+    if not any(p.takes(f"{name}.{one}") for p in policies for one in empty.names()):
+        return
+    new: dict[str, nn.Module] = {}
+    for one in empty.names():
+        part, _, number = one.rpartition(".")
+        whole = getattr(library, part)
+        source = expert_map(files.read_expert(f"{name}.{part}", whole, int(number)))
+        new[one] = _through(policies, source, Spot(f"{name}.{one}"))
+    model.set_submodule(name, empty.with_maps(new))
 
 
 def _load_rest(model: Any, files: Checkpoint, spots: Places) -> None:

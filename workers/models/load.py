@@ -22,6 +22,7 @@ from studio_state.errors import ModelError, Unavailable
 from studio_state.experiment import number_format
 from workers.models import gguf_file
 from workers.models.info import architecture, class_names, family
+from workers.models.packed_load import load_packed
 from workers.models.pipeline_folder import load_pipeline
 from workers.models.resolve import Resolved
 from workers.models.talk import first_line, quiet_library
@@ -74,7 +75,11 @@ def load_model(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn
         import diffusers  # noqa: F401  (loaded here, so that its progress bars can be switched off)
     with quiet_library():
         try:
-            if kind == "diffusion":
+            if resolved.packed:
+                library_class = None if kind == "diffusion" else library_class_of(resolved, kind)
+                model = load_packed(resolved, library_class, dtype, device, attn_implementation)
+                tokenizer, images = (None, None) if kind == "diffusion" else load_inputs(resolved, kind)
+            elif kind == "diffusion":
                 model, tokenizer, images = load_pipeline(resolved.name, resolved.path, resolved.raw, dtype, device), None, None
             else:
                 model = _weights(resolved, library_class_of(resolved, kind), dtype, attn_implementation).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,13 @@ def check_scheduler(name: str, folder: Path, index: dict[str, Any], library_clas
         )
 
 
-def load_pipeline(name: str, folder: Path, index: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
+def load_pipeline(
+    name: str, folder: Path, index: dict[str, Any], dtype: torch.dtype, device: str, made: Mapping[str, Any] | None = None
+) -> Any:
     """The pipeline with its weights, all parts frozen and in eval mode, as a :class:`DiffusionModel`.
+
+    Args:
+        made: parts that are there already; they stay where they are.
 
     Raises:
         ModelError: a class that is not known, or parts that do not fit together.
@@ -156,7 +162,8 @@ def load_pipeline(name: str, folder: Path, index: dict[str, Any], dtype: torch.d
     check_scheduler(name, folder, index, library_class)
     taken = set(inspect.signature(library_class.__init__).parameters)
     left_out = {p: None for p in LEAVABLE if p in taken and p not in components(name, index)}
-    pipeline = library_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **left_out)
+    given = {**left_out, **(made or {})}
+    pipeline = library_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     pipeline.set_progress_bar_config(disable=True)
     named = index.get("id2label")
-    return DiffusionModel(pipeline.to(device), named if isinstance(named, dict) else None)
+    return DiffusionModel(pipeline if made else pipeline.to(device), named if isinstance(named, dict) else None)

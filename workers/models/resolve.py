@@ -16,6 +16,7 @@ from studio_state.problems import nearest
 from studio_state.zoo import InRepo, LocalFolder, ZooEntry, entries, find, location
 from workers.models import gguf_file, hub, pipeline_folder, weights_files
 from workers.models.gguf_file import GgufFacts
+from workers.models.packed_recipe import PackedRecipe, read_recipe
 from workers.models.talk import Progress, first_line, silent
 from workers.models.weights_files import StoredTensor
 from workers.models.zoo import fetch as fetch_entry
@@ -36,6 +37,7 @@ class Resolved:
         tensors: headers of the safetensors files.
         gguf: header of the GGUF file.
         trust_remote_code: the repository's own Python code may run.
+        packed: recipe of an exported model, whose weights are packed; None for all others.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Resolved:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     gguf: GgufFacts | None = None
     trust_remote_code: bool = False
+    packed: PackedRecipe | None = None
 
     @property
     def source(self) -> str:
@@ -125,10 +128,12 @@ def _read_file(name: str, file: Path) -> Resolved:
 
 def _read(name: str, folder: Path, *, entry: ZooEntry | None = None, revision: str = "", trust: bool = False) -> Resolved:
     """A checked model folder."""
+    packed = read_recipe(name, folder)
     if (folder / pipeline_folder.INDEX).is_file():
         index = _json(folder / pipeline_folder.INDEX)
-        stored = pipeline_folder.read_tensors(name, folder, pipeline_folder.components(name, index))
-        return Resolved(name, folder, None, index, None, entry, revision, stored, None, trust)
+        parts = pipeline_folder.components(name, index)
+        stored = weights_files.read_folder(name, folder) if packed else pipeline_folder.read_tensors(name, folder, parts)
+        return Resolved(name, folder, None, index, None, entry, revision, stored, None, trust, packed)
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not any(folder.glob("*.safetensors")):
         if len(ggufs) > 1:
@@ -144,7 +149,7 @@ def _read(name: str, folder: Path, *, entry: ZooEntry | None = None, revision: s
     raw = _json(folder / "config.json")
     _check_architecture(name, raw, trust)
     tensors = weights_files.read_folder(name, folder)
-    return Resolved(name, folder, _config(name, folder, raw, trust), raw, None, entry, revision, tensors, None, trust)
+    return Resolved(name, folder, _config(name, folder, raw, trust), raw, None, entry, revision, tensors, None, trust, packed)
 
 
 def _read_gguf(name: str, file: Path, entry: ZooEntry | None = None) -> Resolved:

@@ -44,6 +44,7 @@ class FashionLatent(FashionFlowRecipe):
     patch: ClassVar[int] = 1
     also_measured: ClassVar[str] = "; reconstruction_psnr in decibels, of test images that its VAE encodes and decodes"
 
+    guidance: float = knob(5.0, ge=1, le=20, help="guidance scale of the pictures that are scored; 1 = none")
     steps: int = knob(3500, ge=1, le=1_000_000, help="optimizer steps of the transformer; more = better pictures")
     autoencoder_steps: int = knob(1500, ge=1, le=1_000_000, help="optimizer steps of the VAE; more = sharper pictures")
     autoencoder_width: int = knob(32, ge=8, le=256, multiple_of=8, help="channels of the VAE; more = slower and sharper pictures")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
 from workers.mechanisms.linear import DenseLinear, Replacement, bias_of, matrix_of
+from workers.mechanisms.pruning import lowest
 from workers.mechanisms.weight_policy import Spot, WeightPolicy
 from workers.methods import card, knob
 
@@ -51,11 +51,4 @@ class Magnitude(WeightPolicy):
 def prune(weight: Tensor, sparsity: float, by_row: bool) -> Tensor:
     """A copy of [N, K] whose floor(sparsity * count) smallest entries by magnitude are 0; of equal ones the first go."""
     groups = weight.abs() if by_row else weight.abs().flatten()[None]
-    count = int(sparsity * groups.shape[1])
-    if count == 0:
-        return weight.clone()
-    limit = groups.float().kthvalue(count, 1, keepdim=True).values.to(groups.dtype)
-    below, equal = groups < limit, groups == limit
-    room = count - below.sum(1, keepdim=True)
-    gone = below | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
-    return weight.masked_fill(gone.view_as(weight), 0)
+    return weight.masked_fill(lowest(groups, int(sparsity * groups.shape[1])).view_as(weight), 0)

@@ -25,7 +25,7 @@ class HiRED(Policy):
     each view the tokens with the most CLS attention in the layer the features come from stay. Deviations: the
     released code finds a tile's region by cutting the map into horizontal strips (option ``strips``), where the
     paper means the tile's own part of the image; and line breaks between tiles stay, so that a budget of 100 % is
-    the model as it is.
+    the model as it is. Frames of a clip are whole images with equal budgets.
     """
 
     card: ClassVar[Card] = card(
@@ -88,8 +88,8 @@ class HiRED(Policy):
             first: [C] CLS attention of the whole image in the first layer.
         """
         total = max(1, int(views * cells * keep))
-        if views == 1 or total >= views * cells:
-            return [min(total, cells)] * views if views == 1 else [cells] * views
+        if views == 1 or not tiles[0] or total >= views * cells:
+            return [min(max(1, total // views), cells)] * views
         whole = min(int(total * self.alpha), cells)
         rest = min(total - whole, (views - 1) * cells)
         marked = torch.zeros(cells, device=first.device)

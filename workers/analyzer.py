@@ -1,0 +1,40 @@
+"""Base class of analyzers, and how they are found: one file an analyzer, no list to edit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cache
+from typing import Any, ClassVar
+
+from studio_state.catalog import Card
+from workers.cards import Declared
+from workers.mechanisms.phases import ShortRun
+from workers.methods import classes_in, unique
+
+
+class Analyzer(Declared):
+    """An analyzer measures a lane without changing what it computes. It runs after the race, in passes of its own."""
+
+    card: ClassVar[Card]
+
+    @abstractmethod
+    def analyze(self, run: ShortRun) -> dict[str, Any]:
+        """What it found of one lane, as plain data."""
+
+    @classmethod
+    def describe(cls) -> Card:
+        """The card completed with summary, docstring and knob schema from the class."""
+        doc = (cls.__doc__ or "").strip()
+        return cls.card.model_copy(
+            update={"summary": cls.card.summary or cls.summary_line(), "doc": doc, "knobs": cls.knob_schema()}
+        )
+
+
+@cache
+def analyzers() -> dict[str, type[Analyzer]]:
+    """Analyzer id -> class.
+
+    Raises:
+        RuntimeError: two files declare the same id.
+    """
+    return unique(classes_in("workers.analyzers", Analyzer))
