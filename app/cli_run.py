@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from app.cli_table import print_result, remarks
+from app.explain import explained
 from app.dispatch import Dispatch, LocalDispatch
 from app.dispatch.runner import Settings
 from app.race import Race
@@ -48,7 +49,7 @@ def run_and_show(
     report = document(events)
     if any(lane["metrics"] for lane in report["lanes"]):
         print_result(report)
-    for remark in remarks(report):
+    for remark in (*remarks(report), *explained(report, events)):
         errors.print(remark, style="yellow", markup=False, soft_wrap=True)
     if json_file:
         write_json(json_file, report)

@@ -103,6 +103,7 @@ METRICS: dict[str, MetricInfo] = {
     "experts_used": _m("experts", "neither", "count", "Experts of a layer that got any token, mean of the layers.", "mean", False),
     "expert_top_k": _m("experts", "lower", "count", "Experts that a token visits in a layer, mean of tokens and layers; a shared expert is not counted.", "mean", False),
     "skipped_macs": _m("", "higher", "count", "Share of the multiply-adds of queries with keys, in prefill and decoding, that unchanged numbers of a key make unnecessary; counted, they are not skipped in time.", "mean", False),
+    "skipped_inputs": _m("", "higher", "count", "Share of the multiply-adds of linear maps with masked inputs that fall away because the input counts as zero, in prefill and decoding; they are saved in time only where single columns are read.", "mean", False),
     "unread_kv_share": _m("", "higher", "count", "Share of cached positions that a decode step leaves unread, mean of steps, layers and heads; they stay cached.", "mean", False),
     "quantized_kv_share": _m("", "neither", "count", "Share of cached positions stored in the quantized format.", "median", False),
 }  # fmt: skip

@@ -84,7 +84,11 @@ class Needs:
         """
         names = dict.fromkeys(n for policies in lanes for n in companions(policies) if n in self.beside)
         weights = self.baseline.weight_bytes + sum(self.beside[n].weight_bytes for n in names)
-        weights += sum(self._weights(policies) for policies in lanes if any(p.card.alters_weights for p in policies))
+        weights += sum(
+            self._weights(policies)
+            for policies in lanes
+            if any(isinstance(p, WeightPolicy) or p.card.alters_weights for p in policies)
+        )
         alone = map(self.lane, ([], *lanes))
         return weights + max(x.kv_bytes + x.activation_bytes for x in alone) <= self.baseline.free_bytes
 
@@ -104,7 +108,11 @@ def needs_whole_model(info: ModelInfo, policies: Sequence[Policy]) -> str:
         return f"{start}the parts of a pipeline are loaded whole; choose a smaller model or a narrower dtype"
     for policy in policies:
         if isinstance(policy, WeightPolicy) and (policy.wants is not None or type(policy).plan is not WeightPolicy.plan):
-            does = "decides for all maps of the model at once" if policy.wants is None else "looks at what goes into the maps of the whole model"
+            does = (
+                "decides for all maps of the model at once"
+                if policy.wants is None
+                else "looks at what goes into the maps of the whole model"
+            )
             return f"{start}{policy.card.id} {does}, so it cannot pack one while it loads; take rtn, or a smaller model"
     return ""
 

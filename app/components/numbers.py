@@ -17,6 +17,7 @@ SHARES = frozenset(
         "quantized_kv_share",
         "unread_kv_share",
         "skipped_macs",
+        "skipped_inputs",
     }
 )
 NO_VALUE = "–"
@@ -62,6 +63,7 @@ TITLES = {
     "quantized_kv_share": "KV cache in few bits",
     "unread_kv_share": "KV cache left unread",
     "skipped_macs": "Multiply-adds not needed",
+    "skipped_inputs": "Inputs left out",
     "kept_prompt_tokens": "Prompt tokens kept",
     "denoiser_calls": "Runs of the denoiser",
     "cache_hits": "Steps that reused work",

@@ -27,7 +27,11 @@ from workers.methods import Policy, catalogue, discover, effective
 POLICIES = {n: cls for n, cls in discover().items() if "diffusion" in cls.card.families}
 CATALOG: Catalog = catalogue()
 MODELS = (OWN, *BUILDERS)
-KNOBS: dict[str, dict[str, Any]] = {"first-block-cache": {"threshold": 10.0}}  # a random model changes much from step to step
+KNOBS: dict[str, dict[str, Any]] = {
+    "first-block-cache": {"threshold": 10.0},  # a random model changes much from step to step
+    **{name: {"bits": 8} for name in ("awq", "gptq", "hqq")},  # no group divides these widths
+    "mixed-bits": {"bits": 8, "low": 8},
+}
 
 
 @cache

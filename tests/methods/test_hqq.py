@@ -96,14 +96,15 @@ def test_by_hand() -> None:
     assert errors(weight, mine, 4)[0, 0, 31] == pytest.approx(7.9 - 7 - zero, abs=1e-6)
 
 
-def test_without_iterations_it_is_round_to_nearest() -> None:
+def test_without_iterations_or_without_zero_points_it_is_round_to_nearest() -> None:
     session, found = make_session(), []
-    for policy in (RoundToNearest(bits=4), HQQ(iterations=0), HQQ()):
+    for policy in (RoundToNearest(bits=4), HQQ(iterations=0), HQQ(), RoundToNearest(bits=8), HQQ(bits=8)):
         names = targets(session, policy)
         with attached(session, policy):
             found.append(([matrix_of(session.model.get_submodule(n)) for n in names], weight_bytes(session)))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     assert not torch.equal(found[0][0][0], found[2][0][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[3][0], found[4][0], strict=True))
     assert found[0][1] == found[1][1] == found[2][1]
 
 

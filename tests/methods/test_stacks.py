@@ -130,7 +130,6 @@ ILLEGAL = {
     # unknown things
     "snapkw": "did you mean 'snapkv'",
     "snapkv:kep=0.5": "did you mean 'keep'",
-    "hqq:bits=8": "a whole number from 2 to 7",
     "mixed-bits:bits=1.5": "a number from 2",
     "snapkv:keep=2": "a number from 0.01 to 1.0",
     "kivi:bits=3": "2, 4, 8",

@@ -81,7 +81,7 @@ def test_in_a_model_it_goes_by_what_each_map_is_given() -> None:
             moment = seen[name].moment
             assert moment is not None
             scores = originals[name].abs() * moment.diagonal().sqrt()
-            left = scores.argsort(1, stable=True)[:, scores.shape[1] // 2 :]
+            left = scores.argsort(dim=1, stable=True)[:, scores.shape[1] // 2 :]
             wanted = torch.zeros_like(scores).scatter(1, left, originals[name].gather(1, left))
             assert torch.equal(session.model.get_submodule(name).weight, wanted)
         metrics = weight_metrics(session)
@@ -126,7 +126,7 @@ def test_experts_that_no_token_visits_are_pruned_by_magnitude() -> None:
         for one in names:
             weight = matrix_of(own.get_submodule(one.removeprefix(f"{name}.")))
             norms = seen[one].moment.diagonal().sqrt() if one in seen else torch.ones(weight.shape[1])  # type: ignore[union-attr]
-            left = (weight.abs() * norms).argsort(1, stable=True)[:, weight.shape[1] // 2 :]
+            left = (weight.abs() * norms).argsort(dim=1, stable=True)[:, weight.shape[1] // 2 :]
             wanted = torch.zeros_like(weight).scatter(1, left, weight.gather(1, left))
             assert torch.equal(session.model.get_submodule(one).weight, wanted)
 

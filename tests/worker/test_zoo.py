@@ -276,5 +276,5 @@ def test_a_rearranged_model_is_made_of_its_base_once(tmp_path: Path) -> None:
     plan.unlink()
     again = changed(entry, plan=str(tmp_path / "gone.safetensors"))
     assert location(again, tmp_path / "cache") is None  # another plan, another model
-    with pytest.raises(ModelError, match="the plan .* is not there or damaged"):
+    with pytest.raises(ModelError, match=r"the plan .* is not there or damaged"):
         fetch(again, cache_root=tmp_path / "cache")

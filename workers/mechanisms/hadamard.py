@@ -129,11 +129,11 @@ class RotatedInput(TransformedInput):
         """[..., K] -> [..., N]."""
         turned = self.transform(x)
         if self.activation_bits >= FLOAT_BITS:
-            y = self.inner(turned)
+            y: Tensor = self.inner(turned)
         else:
             codes, step = by_token(turned, self.activation_bits, self.clip)
-            y = (self.inner(codes.to(x.dtype)) * step).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+            y = self.inner(codes.to(x.dtype)) * step
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def transform(self, x: Tensor) -> Tensor:
         """The rotated input, in x's dtype."""

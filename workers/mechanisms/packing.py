@@ -104,11 +104,18 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_planes(planes: Tensor) -> Tensor:
     """Inverse of :func:`pack_planes`: [b, ..., K/8] -> codes uint8 [..., K]."""
-    places = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    codes = torch.zeros(*planes.shape[1:-1], 8 * planes.shape[-1], dtype=torch.uint8, device=planes.device)
-    for i, plane in enumerate(planes):
-        codes |= ((plane[..., None] >> places) & 1).flatten(-2) << i
-    return codes
+    spread = _spread(planes.device)
+    words = spread[planes[0].int()]  # eight codes in one
+    for i, plane in enumerate(planes[1:], 1):
+        words |= spread[plane.int()] << i
+    return words.view(torch.uint8)
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """Every byte with its eight bits as the lowest bits of eight bytes: int64 [256]."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return bits.to(torch.uint8).contiguous().view(torch.int64).flatten().to(device)
 
 
 def dequantise(codes: Tensor, grid: Tensor, bits: int = 4) -> Tensor:

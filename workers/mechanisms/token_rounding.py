@@ -71,9 +71,9 @@ class Int8Product(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        y = self.product(x.reshape(-1, self.in_features)).to(x.dtype)
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = self.product(x.reshape(-1, self.in_features))
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
         """Rows [m, K] -> float32 [m, N], without bias."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms import packing
-from workers.mechanisms.rounding import GroupedPolicy
+from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
 from workers.mechanisms.weight_policy import Spot
 from workers.methods import card, knob
 
@@ -26,8 +26,8 @@ class HQQ(GroupedPolicy):
     Deviations: errors are measured in steps of the grid, so that one weight of the splitting suits every matrix (the released
     code takes them in the weights' own unit, in which at its weight of 10 errors under about 0.17 all count as small). Of all
     steps a group keeps the best, with zero points as they are stored (bfloat16); the released code stops the whole matrix when
-    its mean error no longer falls. Groups that hold exact zeros, as pruning leaves them, keep their zero point at zero. 8 bits
-    are left out: their format has no zero point. Memory and speed are those of ``rtn``; convolutions take part.
+    its mean error no longer falls. Groups that hold exact zeros, as pruning leaves them, keep their zero point at zero. With
+    8 bits, whose format has no zero point, it is ``rtn``. Memory and speed are those of ``rtn``; convolutions take part.
     """
 
     card: ClassVar[Card] = card(
@@ -45,7 +45,7 @@ class HQQ(GroupedPolicy):
     )
     convolutions: ClassVar[bool] = True
 
-    bits: int = knob(4, ge=2, le=7, help="bits a weight; fewer = smaller, less exact; 4 has a fast CPU kernel, others none")
+    bits: int = knob(4, ge=2, le=8, help="bits a weight; fewer = smaller, less exact; 4 and 8 have fast CPU kernels, others none")
     lp_norm: float = knob(
         0.7, ge=0.1, le=1.0, help="p of the error that is lowered; smaller = large errors count less beside many small ones"
     )
@@ -53,6 +53,8 @@ class HQQ(GroupedPolicy):
 
     def codes(self, weight: Tensor, grid: Tensor, bits: int, spot: Spot) -> tuple[Tensor, Tensor]:
         """Codes uint8 [N, K] on the grid [K/g, N, 2] with its zero points moved."""
+        if bits == ROW_BITS:
+            return super().codes(weight, grid, bits, spot)
         grid = move_zeros(weight, grid, bits, self.lp_norm, self.iterations)
         return packing.encode(weight, grid, bits), grid
 
