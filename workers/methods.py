@@ -136,7 +136,7 @@ def discover() -> dict[str, type[Policy]]:
 
 
 def catalogue() -> Catalog:
-    """All cards, as ``describe`` prints them: policies in the order of their stages, then recipes.
+    """All cards, as ``describe`` prints them: policies in the order of their stages, then analyzers, then recipes.
 
     Raises:
         RuntimeError: two files declare the same id.
@@ -147,7 +147,7 @@ def catalogue() -> Catalog:
 
     order = {s: i for i, s in enumerate(STAGES)}
     classes = unique([*discover().values(), *analyzers().values(), *recipes().values()])
-    methods = sorted((c.describe() for c in classes.values()), key=lambda c: (order.get(c.stage or "", 99), c.id))
+    methods = sorted((c.describe() for c in classes.values()), key=lambda c: (order.get(c.stage or "", len(order) + (c.kind == "recipe")), c.id))
     return Catalog(methods=methods, workloads=[w.describe() for w in workload_classes().values()])
 
 

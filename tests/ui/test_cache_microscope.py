@@ -306,12 +306,8 @@ def test_phone_width(browser: Browser, url: str, experiment: str) -> None:
     page = watch(context.new_page(), url, experiment)
     expect(stage(page)).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    shown = [
-        stage(page),
-        about(page),
-        *([scope(page).locator(".li-stage"), scope(page).locator(".li-caption")] if experiment == SEEN else []),
-    ]
-    places = [boxes(found)[0] for found in shown]
+    places = boxes(scope(page).locator(".lc-stage, .lc-about, .li-stage, .li-caption"))
+    assert len(places) == (4 if experiment == SEEN else 2)
     assert all(left >= 0 and right <= 390 for left, _, right, _ in places)
     assert all(b[1] >= a[3] for a, b in pairwise(places))  # one below the other
     stage(page).tap(position={"x": 5, "y": 5})

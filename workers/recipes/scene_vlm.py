@@ -17,10 +17,10 @@ from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
 from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, mixed_view, normalized, views_of, whole
+from workers.training.scene_models import TOKENS, processor
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE, word_tokenizer
 
-TOKENS = (VIEW // PATCH) ** 2
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
 
@@ -150,21 +150,3 @@ class SceneVLM(Recipe):
         model = LlavaForConditionalGeneration(config)
         model.set_attn_implementation("eager")
         return model
-
-
-def processor(tokenizer: Any) -> Any:
-    """Images to 96 x 96, questions to words."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": VIEW}, crop_size={"height": VIEW, "width": VIEW}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE,
-        chat_template=tokenizer.chat_template,
-    )

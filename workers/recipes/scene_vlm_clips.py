@@ -18,8 +18,6 @@ from workers.data.scenes import make_scene
 from workers.mechanisms.clip_scorer import SCORER
 from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
-from workers.recipes.scene_vlm import TOKENS, processor
-from workers.recipes.scene_vlm_tiled import SETTLED, scene_model
 from workers.training.clip_lessons import (
     CLIPS,
     all_whole,
@@ -31,6 +29,7 @@ from workers.training.clip_lessons import (
 )
 from workers.training.loop import Schedule, TrainingRun, fit
 from workers.training.scene_lessons import Taught, asked, normalized, views_of, whole
+from workers.training.scene_models import SETTLED, TOKENS, processor, scene_model
 from workers.training.scene_scorer import score_scorer, scored_pairs, scorer_model, scorer_tokenizer, scoring_loss
 
 SCORED_SEED = 1  # of the clips that are scored; the workload's are of the experiment's seed

@@ -22,6 +22,7 @@ from workers.methods import card, knob
 from workers.recipe import Recipe, Trained, hand_over
 from workers.training.loop import Schedule, TrainingRun, fit
 from workers.training.scene_lessons import PATCH, VIEW, Lesson, Placed, Taught, asked, halved, normalized, tile, views_of
+from workers.training.scene_models import SETTLED, scene_model
 from workers.training.scene_scores import scenes_for, score_scenes
 from workers.training.word_tokenizer import IMAGE
 
@@ -29,7 +30,6 @@ SIZE = 2 * VIEW
 GRID = [[VIEW, SIZE], [SIZE, VIEW], [SIZE, SIZE]]
 SIDE = VIEW // PATCH
 TOKENS = SIDE**2 + 2 * SIDE * (2 * SIDE + 1)
-SETTLED = 0.99  # decay of the average in the last phase
 KEPT = 0.1  # weight of what the tower must not forget: objects at full size
 DATA = "scenes of coloured shapes with exact answers, drawn by the studio itself; no outside data"
 
@@ -127,20 +127,6 @@ class TiledSceneVLM(Recipe):
 def lesson(step: int) -> Lesson:
     """Relations and counts in turn: what is hardest."""
     return "count" if step % 2 else "compare"
-
-
-def scene_model(folder: Path) -> tuple[Any, Any]:
-    """A trained scene model in float32, and its tokenizer.
-
-    Raises:
-        StudioError: the folder holds none.
-    """
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    if not (folder / "config.json").is_file():
-        raise StudioError(f"{folder} holds no trained scene-vlm; train it first: pareto-studio train scene-vlm --out DIR")
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model, AutoProcessor.from_pretrained(folder).tokenizer
 
 
 def tiled(base: Any, tokenizer: Any) -> tuple[Any, Any]:
