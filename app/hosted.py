@@ -21,7 +21,7 @@ from studio_state.problems import Problem
 # Most that a setting or an option of this name may be; every option that can grow beyond 256 is here (a test says so).
 NUMBERS: Mapping[str, int] = {
     "repeats": 10, "batch": 8, "threads": os.cpu_count() or 1,
-    "items": 200, "max_new_tokens": 256, "new_tokens": 256, "score": 256, "length": 2048, "context": 2048, "prompt_tokens": 2048,
+    "items": 300, "max_new_tokens": 256, "new_tokens": 256, "score": 256, "length": 2048, "context": 2048, "prompt_tokens": 2048,
     "steps": 50, "size": 512,
 }  # fmt: skip
 HUB_ID = re.compile(

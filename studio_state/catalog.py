@@ -144,6 +144,11 @@ class Catalog(BaseModel):
         return [c for c in self.methods if c.kind == "policy"]
 
     @cached_property
+    def analyzers(self) -> list[Card]:
+        """The methods that look into a lane after the race."""
+        return [c for c in self.methods if c.kind == "analyzer"]
+
+    @cached_property
     def recipes(self) -> list[Card]:
         """The methods that train something small and hand over a checkpoint."""
         return [c for c in self.methods if c.kind == "recipe"]

@@ -235,20 +235,28 @@ def test_damage_gives_one_sentence(tmp_path: Path) -> None:
     says(damaged(good, tmp_path / "b", of_class("os:system")), r"names the class 'os:system', which this version")
     says(damaged(good, tmp_path / "c", of_class("workers.mechanisms.linear:DenseLinear")), "cannot be made again as")
     says(damaged(good, tmp_path / "d", lambda r: r["modules"][name]["facts"].clear()), "cannot be made again as")
-    says(damaged(good, tmp_path / "e", lambda r: r["modules"].update({"model.nowhere": r["modules"][name]})), "which its model does not have")
+    says(
+        damaged(good, tmp_path / "e", lambda r: r["modules"].update({"model.nowhere": r["modules"][name]})),
+        "which its model does not have",
+    )
     says(damaged(good, tmp_path / "f", lambda r: r.pop("pipeline")), "is damaged .pipeline: ")
     says(damaged(good, tmp_path / "g", lambda r: r.update(format=9)), "has the format 9, this version of Pareto Studio reads 1")
     says(damaged(good, tmp_path / "h", lambda r: r["modules"]["lm_head"].update(same="elsewhere")), "which is not there")
     (tmp_path / "a" / "pareto.json").write_text("{")
     says(tmp_path / "a", "is damaged")
-    for missing, sentence in ((f"{name}.packed", "lack .*up_proj.packed, which its module"), ("model.norm.weight", "lack model.norm.weight")):
+    for missing, sentence in (
+        (f"{name}.packed", "lack .*up_proj.packed, which its module"),
+        ("model.norm.weight", "lack model.norm.weight"),
+    ):
         folder = tmp_path / missing
         shutil.copytree(good, folder)
         weights = load_file(folder / "model.safetensors")
         del weights[missing]
         save_file(weights, folder / "model.safetensors")
         says(folder, sentence)
-    save_file({**load_file(good / "model.safetensors"), "model.norm.weight": torch.zeros(3)}, tmp_path / "b" / "model.safetensors")
+    save_file(
+        {**load_file(good / "model.safetensors"), "model.norm.weight": torch.zeros(3)}, tmp_path / "b" / "model.safetensors"
+    )
     shutil.copyfile(good / "pareto.json", tmp_path / "b" / "pareto.json")
     says(tmp_path / "b", r"has the shape \(3,\), its config says \(64,\)")
 
@@ -270,9 +278,13 @@ def test_a_model_that_fits_only_packed_is_exported_all_the_same(tmp_path: Path, 
     host = ModelHost()
     spec = ExperimentSpec(model=str(tiny.moe_folder()), workload={"id": "prompts"})
     needs = plan.needs(spec, host.inspect(spec), torch.device("cpu"), {})
-    monkeypatch.setattr("workers.models.fit.free_memory", lambda device="cpu": needs.baseline.total - needs.baseline.weight_bytes // 4)
+    monkeypatch.setattr(
+        "workers.models.fit.free_memory", lambda device="cpu": needs.baseline.total - needs.baseline.weight_bytes // 4
+    )
     small = write(tiny.moe_folder(), "rtn", tmp_path / "small")
-    assert load_file(tmp_path / "small" / "model.safetensors").keys() == load_file(tmp_path / "whole" / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "small" / "model.safetensors").keys() == load_file(tmp_path / "whole" / "model.safetensors").keys()
+    )
     assert small.bytes.on_disk == whole.bytes.on_disk
     assert torch.equal(read(opened(tmp_path / "small"))[1], read(opened(tmp_path / "whole"))[1])
     monkeypatch.setattr("workers.models.fit.free_memory", lambda device="cpu": 1000)

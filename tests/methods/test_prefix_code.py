@@ -52,7 +52,7 @@ def test_a_code_by_hand() -> None:
     coded = encode(torch.tensor([0, 1, 0, 2, 0, 3, 0, 1, 0], dtype=torch.uint8))
     assert coded.lengths.tolist() == [1, 2, 3, 3] + [0] * 252
     # 0 10 0 110 0 111 0 10 0, then 55 more zeros fill the lane up: 70 bits
-    assert coded.words.tolist() == [0b000_1011_1000_1100_10, 0, 0]
+    assert coded.words.tolist() == [0b0_01_0_111_0_011_0_01_0, 0, 0]
     assert coded.lanes.tolist() == [9]
     assert coded.blocks.tolist() == [0]
     assert next(decode(coded))[:9].tolist() == [0, 1, 0, 2, 0, 3, 0, 1, 0]

@@ -67,6 +67,12 @@ LEGAL = (
     "magnitude+lut-gemm:fit=uniform+snapkv+kivi+lean-decode",
     "lut-tensor-core:bits=1,tables=float+prompt-lookup+lean-decode",
     "magnitude+quantizer:per=matrix,points=kmeans+h2o",
+    "wanda+rtn:bits=4",
+    "sparsegpt:pattern=2:4+gptq",
+    "magnitude+wanda",  # masks are edited in turn
+    "rtn:bits=4+snapkv+wina+lean-decode",
+    "wanda+rtn+kivi+teal+lean-decode",
+    "top-k-experts+wina",
     "lean-decode+kivi+snapkv+rtn",  # written in any order
 )
 
@@ -127,6 +133,11 @@ ILLEGAL = {
     "deltallm+prompt-lookup": "kv.rollback",
     "prompt-lookup+kivi": "kv.rollback",
     "rtn+snapkv+prompt-lookup+lean-decode": "kv.rollback",
+    # one decides which inputs count
+    "wina+teal": "activations.sparsity",
+    "rtn+teal+wina+lean-decode": "activations.sparsity",
+    "wina:keep=0.01": "a number from 0.05 to 1.0",
+    "wanda:pattern=2:8": "2:4",
     # unknown things
     "snapkw": "did you mean 'snapkv'",
     "snapkv:kep=0.5": "did you mean 'keep'",

@@ -106,8 +106,8 @@ def test_no_code_of_a_model() -> None:
 
 
 def test_sizes_are_bounded() -> None:
-    assert said(options={"items": 201}) == [
-        "items = 201 is too much here; at most 200: lower it, or run the studio on your own machine, where there is no such limit"
+    assert said(options={"items": 301}) == [
+        "items = 301 is too much here; at most 300: lower it, or run the studio on your own machine, where there is no such limit"
     ]
     assert [m.split(" = ")[0] for m in said(repeats=11, batch=9, threads=1024, max_new_tokens=257)] == [
         "repeats",

@@ -33,7 +33,8 @@ def test_the_catalogue_lists_recipes_behind_the_policies() -> None:
     assert {"fashion-vit", "scene-vlm"} <= RECIPES
     assert all((c.kind, c.stage, c.resources) == ("recipe", None, ()) for c in CATALOG.recipes)
     assert all(c.summary and c.doc and c.paper and c.knobs["properties"] for c in CATALOG.recipes)
-    assert [*CATALOG.policies, *CATALOG.recipes] == CATALOG.methods
+    assert [*CATALOG.policies, *CATALOG.analyzers, *CATALOG.recipes] == CATALOG.methods
+    assert [c.id for c in CATALOG.analyzers] == ["llm-viewer", "runtime-dissection"]
     assert len(CATALOG.by_id) == len(CATALOG.methods)
 
 

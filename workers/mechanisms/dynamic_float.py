@@ -102,7 +102,7 @@ class DynamicFloatLinear(ExactLinear):
         width = self.in_features
         first, spare = ids * width // LANE, torch.arange((width - 1) // LANE + 2, device=ids.device)
         lanes = (first[:, None] + spare).clamp_(max=len(self.lanes) - 1)
-        symbols = decode_lanes(self._coded(), lanes.flatten()).view(len(ids), -1)
+        symbols = decode_lanes(self._coded(), lanes.flatten()).reshape(len(ids), -1)
         inside = (ids * width % LANE)[:, None] + torch.arange(width, device=ids.device)
         rest = None if self.rest is None else self.rest.view(-1, width)[ids]
         return self._assembled(symbols.gather(1, inside), self.mantissas.view(-1, width)[ids], rest)

@@ -70,7 +70,9 @@ def fill(name: str, model: nn.Module, recipe: PackedRecipe, tensors: Mapping[str
         ModelError: the recipe names a module or class that is not there, or the weights lack a tensor.
     """
     for path, stay in recipe.experts.items():
-        model.set_submodule(path, cut(_place(name, model, path), torch.tensor(stay)))
+        smaller = cut(_place(name, model, path), torch.tensor(stay))
+        vars(smaller).pop("originals", None)  # those that stayed are all that this model has
+        model.set_submodule(path, smaller)
     reader = Reader(name, tensors, getattr(torch, recipe.dtype), dtype)
     for path, written in recipe.modules.items():
         model.set_submodule(path, reader.read(path, written, _place(name, model, path)))
