@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from app.cli_table import print_result, remarks
-from app.explain import explained
 from app.dispatch import Dispatch, LocalDispatch
 from app.dispatch.runner import Settings
+from app.explain import explained
 from app.race import Race
 from app.report import all_finished, document
 from studio_state.errors import StoreError

@@ -99,7 +99,9 @@ def export_once(text: str, out: IO[str], stdin: int | None = None) -> int:
     return 0
 
 
-def export(request: Request, say: Say = lambda text, done: None, is_cancelled: Callable[[], bool] = lambda: False) -> PackedRecipe:
+def export(
+    request: Request, say: Say = lambda text, done: None, is_cancelled: Callable[[], bool] = lambda: False
+) -> PackedRecipe:
     """Write the folder.
 
     Raises:
@@ -125,7 +127,10 @@ def export(request: Request, say: Say = lambda text, done: None, is_cancelled: C
     )
     info = host.inspect(spec, say)
     spec = spec.model_copy(
-        update={"dtype": _dtype(request, host, policies), "workload": request.workload or WorkloadSpec(id=CALIBRATED_ON[info.family])}
+        update={
+            "dtype": _dtype(request, host, policies),
+            "workload": request.workload or WorkloadSpec(id=CALIBRATED_ON[info.family]),
+        }
     )
     if found := problems(spec, catalogue(), info, host.unavailable()):
         raise SpecError([p.model_copy(update={"lane": None}) for p in found])

@@ -147,7 +147,10 @@ def catalogue() -> Catalog:
 
     order = {s: i for i, s in enumerate(STAGES)}
     classes = unique([*discover().values(), *analyzers().values(), *recipes().values()])
-    methods = sorted((c.describe() for c in classes.values()), key=lambda c: (order.get(c.stage or "", len(order) + (c.kind == "recipe")), c.id))
+    methods = sorted(
+        (c.describe() for c in classes.values()),
+        key=lambda c: (order.get(c.stage or "", len(order) + (c.kind == "recipe")), c.id),
+    )
     return Catalog(methods=methods, workloads=[w.describe() for w in workload_classes().values()])
 
 

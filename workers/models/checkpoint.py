@@ -115,7 +115,9 @@ class Checkpoint:
         rule.collected_tensors = tensors
         made = rule.convert(key, model=self.model, config=self.model.config).get(key)
         if made is None:
-            raise ModelError(f"{self.name}: the library makes several weights of the pieces of {key}; it cannot be loaded compressed")
+            raise ModelError(
+                f"{self.name}: the library makes several weights of the pieces of {key}; it cannot be loaded compressed"
+            )
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
 

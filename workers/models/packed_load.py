@@ -50,7 +50,10 @@ def load_packed(resolved: Resolved, library_class: Any, dtype: torch.dtype, devi
             model = _pipeline(resolved, dtype)
         else:
             model = library_class.from_config(
-                resolved.config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=resolved.trust_remote_code
+                resolved.config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=resolved.trust_remote_code,
             )
     fill(resolved.name, model, recipe, tensors, dtype)
     model.to(device)
@@ -100,15 +103,21 @@ def _place(name: str, model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as e:
-        raise ModelError(f"the recipe of {name} names the module {path!r}, which its model does not have; export the model again") from e
+        raise ModelError(
+            f"the recipe of {name} names the module {path!r}, which its model does not have; export the model again"
+        ) from e
 
 
 def _check_place(name: str, recipe: PackedRecipe, dtype: torch.dtype, device: str) -> None:
     given, kind = str(dtype).removeprefix("torch."), torch.device(device).type
     if recipe.dtypes and given not in recipe.dtypes:
-        raise ModelError(f"{name} was packed by {recipe.pipeline}, which works in {' and '.join(recipe.dtypes)}; set dtype = {recipe.dtypes[0]}")
+        raise ModelError(
+            f"{name} was packed by {recipe.pipeline}, which works in {' and '.join(recipe.dtypes)}; set dtype = {recipe.dtypes[0]}"
+        )
     if recipe.devices and kind not in recipe.devices:
-        raise ModelError(f"{name} was packed by {recipe.pipeline}, which runs on {' and '.join(recipe.devices)} only; this experiment is on {kind}")
+        raise ModelError(
+            f"{name} was packed by {recipe.pipeline}, which runs on {' and '.join(recipe.devices)} only; this experiment is on {kind}"
+        )
 
 
 def _read(name: str, folder: Path, device: str) -> dict[str, Tensor]:
@@ -152,7 +161,9 @@ def _empty_part(resolved: Resolved, part: str, library: str, wanted: str) -> Any
     home = importlib.import_module("diffusers.pipelines.stable_diffusion" if library == "stable_diffusion" else library)
     found: Any = getattr(home, wanted, None)
     if not inspect.isclass(found):
-        raise ModelError(f"the part {part!r} of {resolved.name} is a {wanted}, which {library} does not have; choose another model")
+        raise ModelError(
+            f"the part {part!r} of {resolved.name} is a {wanted}, which {library} does not have; choose another model"
+        )
     if hasattr(found, "config_class") and found.config_class is not None:  # of transformers
         return found(found.config_class.from_pretrained(resolved.path / part, local_files_only=True))
     return found.from_config(found.load_config(resolved.path / part, local_files_only=True))

@@ -143,7 +143,9 @@ class Reader:
         """
         if written.same:
             if written.same not in self._made:
-                raise ModelError(f"{self._recipe()} says that {path} is {written.same}, which is not there; export the model again")
+                raise ModelError(
+                    f"{self._recipe()} says that {path} is {written.same}, which is not there; export the model again"
+                )
             return self._made[written.same]
         cls = self._class(written.made_of)
         facts = {name: _fact(value) for name, value in written.facts.items()}
@@ -195,7 +197,9 @@ class Reader:
 
     def _stored(self, key: str, path: str) -> Tensor:
         if key not in self.tensors:
-            raise ModelError(f"the weights of {self.name} lack {key}, which its module {path} needs; copy or export the model again")
+            raise ModelError(
+                f"the weights of {self.name} lack {key}, which its module {path} needs; copy or export the model again"
+            )
         return self.tensors[key]
 
     def _recipe(self) -> str:

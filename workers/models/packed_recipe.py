@@ -47,7 +47,11 @@ class Bytes(BaseModel):
             ),
             f"the file holds {self.on_disk - self.header:,} bytes of weights": self.on_disk - self.header - stored,
         }
-        wrong = [f"{what}, the model in memory {self.in_memory:,}" for what, off in sums.items() if abs(off) > TOLERANCE * self.in_memory]
+        wrong = [
+            f"{what}, the model in memory {self.in_memory:,}"
+            for what, off in sums.items()
+            if abs(off) > TOLERANCE * self.in_memory
+        ]
         return "; ".join(wrong) and f"the byte counts disagree: {'; '.join(wrong)}"
 
 

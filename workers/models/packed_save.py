@@ -85,7 +85,9 @@ def _rest(model: nn.Module, writer: Writer, bare: set[int]) -> tuple[dict[str, l
         if id(module) not in bare and (stay := _stayed(model, path)) is not None:
             experts[path] = stay
         elif id(module) not in bare and not any(path.startswith(f"{e}.") for e in experts):
-            raise ModelError(f"a policy put a {type(module).__name__} in the place of {path}, for which an exported model has no form")
+            raise ModelError(
+                f"a policy put a {type(module).__name__} in the place of {path}, for which an exported model has no form"
+            )
         held = {**dict(module.named_parameters(recurse=False)), **_persistent(module)}
         for leaf, tensor in held.items():
             key = f"{path}.{leaf}" if path else leaf
