@@ -103,6 +103,11 @@ def export_script(events: Iterable[Event], lane: int, catalog: Catalog, file: st
     told = list(events)
     found = results_of(told)
     spec, results = _finished_lane(found, lane)
+    if found.model and found.model.packed:
+        raise SpecError(
+            f"{spec.model} holds packed weights ({found.model.packed}), which a script without the studio cannot read; "
+            "run the pipeline on the model that they were packed from, and export that lane"
+        )
     policies = [(*policy_class(step.policy), step.knobs) for step in spec.lanes[lane].ordered(catalog).steps]
     modules = bundle([MAIN, *(module for module, _, _ in policies)])
     model, note = _model(found)

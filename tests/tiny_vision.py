@@ -265,6 +265,7 @@ def _save_scorer(folder: Path, words: Any, tower: Any) -> None:
         "vocab_size": len(words),
         "num_hidden_layers": 1,
         "max_position_embeddings": 32,
+        "bos_token_id": 0,
         "eos_token_id": end,
         "pad_token_id": 0,
     }

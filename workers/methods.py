@@ -65,6 +65,10 @@ class Policy(Declared):
         """
         return 1.0
 
+    def head_factor(self, bits: int) -> float:
+        """The same of the output head alone."""
+        return self.weight_factor(bits)
+
     def kv_factor(self) -> float:
         """Expected KV bytes over the baseline's, for the memory estimate before loading."""
         return 1.0

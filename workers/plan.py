@@ -53,11 +53,14 @@ class Needs:
         baseline: of the model itself.
         bits: of one weight of the baseline.
         beside: of each model that runs beside it in some lane, by name, in the baseline's number format.
+        embedding, head: bytes of the table that no policy replaces, and of the output head (which it may be tied to).
     """
 
     baseline: MemoryEstimate
     bits: int
     beside: Mapping[str, MemoryEstimate] = field(default_factory=dict)
+    embedding: int = 0
+    head: int = 0
 
     def lane(self, policies: Sequence[Policy]) -> MemoryEstimate:
         """Of one lane by itself. A draft's cache counts in full, also where it is gone before the model's own grows."""
@@ -93,7 +96,9 @@ class Needs:
         return weights + max(x.kv_bytes + x.activation_bytes for x in alone) <= self.baseline.free_bytes
 
     def _weights(self, policies: Sequence[Policy]) -> int:
-        return int(self.baseline.weight_bytes * prod(p.weight_factor(self.bits) for p in policies))
+        maps = self.baseline.weight_bytes - self.embedding - self.head
+        inside, head = (prod(f(self.bits) for f in fs) for fs in ([p.weight_factor for p in policies], [p.head_factor for p in policies]))
+        return int(self.embedding + self.head * head + maps * inside)
 
 
 def companions(policies: Sequence[Policy]) -> list[str]:
@@ -125,7 +130,10 @@ def needs(spec: ExperimentSpec, info: ModelInfo, device: torch.device, beside: M
     """
     dtype = torch_dtype(spec.dtype, info.dtype, str(device))
     drafts = {name: estimate(spec, draft, device, dtype) for name, draft in beside.items()}
-    return Needs(estimate(spec, info, device), 8 * dtype.itemsize, drafts)
+    table = info.vocab * info.hidden * dtype.itemsize if info.family in ("llm", "vlm") and not info.packed else 0
+    return Needs(
+        estimate(spec, info, device), 8 * dtype.itemsize, drafts, embedding=0 if "tied-embeddings" in info.traits else table, head=table
+    )
 
 
 def gib(n: float) -> str:

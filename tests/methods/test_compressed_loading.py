@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from studio_state.errors import ModelError
+from studio_state.pipeline import parse_pipeline
 from tests import tiny
 from tests.methods.driving import attached, forced, generate, make_session, prompt, tokens
 from workers.families.llm import LanguageFamily
 from workers.mechanisms import attention
 from workers.mechanisms.linear import Replacement, held_bytes
 from workers.mechanisms.weight_places import Places
-from workers.mechanisms.weight_policy import weight_metrics
+from workers.mechanisms.weight_policy import WeightPolicy, weight_metrics
+from workers.methods import discover, effective
 from workers.models.lazy_load import Compressed, load_compressed
 from workers.models.resolve import resolve
+from workers.plan import needs_whole_model
 from workers.policies.prune.magnitude import Magnitude
 from workers.policies.quantize.dynamic_int8 import DynamicInt8
 from workers.policies.quantize.rtn import RoundToNearest
@@ -99,6 +102,77 @@ def test_sharded_files_load_too(tmp_path: Path) -> None:
     whole, parts = load(source, RoundToNearest()).model, load(tmp_path, RoundToNearest()).model
     ids = torch.tensor([prompt(20)])
     assert torch.equal(parts(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["rtn:bits=8", "rtn:bits=8,modules=*.gate_up_proj.*", "magnitude+rtn", "rtn:modules=*.self_attn.*"]
+)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_are_packed_one_by_one(kind: str, pipeline: str) -> None:
+    """The files hold them one by one under other names than the library's tensors."""
+    policies: Any = effective(parse_pipeline(pipeline))
+    folder = tiny.moe_folder(kind)
+    after, during = make_session(folder), make_session(folder)
+    during.model, during.built[Places] = load(folder, *policies)
+    packed = {n for n, m in during.model.named_modules() if isinstance(m, Replacement) and m.replaces}
+    with attached(after, *policies), attached(during, *policies):
+        assert packed == {n for n, m in after.model.named_modules() if isinstance(m, Replacement) and m.replaces}
+        assert weight_metrics(during) == weight_metrics(after)
+        assert torch.equal(forced(during, prompt(40), prompt(8, seed=5)), forced(after, prompt(40), prompt(8, seed=5)))
+
+
+def test_experts_that_lie_in_one_tensor_are_read_one_by_one_too(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = tiny.moe_folder()
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    model = make_session(source).model
+    save_file({k: t.contiguous() for k, t in model.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    whole, pieces = load(tmp_path, RoundToNearest()).model, load(source, RoundToNearest()).model
+    ids = torch.tensor([prompt(20)])
+    assert torch.equal(whole(ids).logits, pieces(ids).logits)
+
+
+def test_memory_is_bounded_by_one_expert_not_by_a_layer_of_them() -> None:
+    folder = tiny.moe_folder(num_local_experts=16, intermediate_size=256)
+    with LiveBytes() as live:
+        model, _ = load(folder, RoundToNearest(bits=8))
+    expert, layer = 4 * 2 * 256 * 64, 16 * 4 * 3 * 256 * 64
+    packed = held_bytes([model])
+    assert packed < live.peak <= packed + 5 * expert
+    assert live.peak < packed + layer / 2
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_transposed_maps_of_gpt2_load_compressed(prefix: bool, tmp_path: Path) -> None:
+    """With the names of today's files, and with those of the published ones, which have no prefix."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.gpt2_folder()
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    if not prefix:
+        weights = {k.removeprefix("transformer."): t for k, t in load_file(source / "model.safetensors").items()}
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    policy = RoundToNearest(bits=4)
+    after, during = make_session(source), make_session(source)
+    during.model, during.built[Places] = load(tmp_path, policy)
+    with attached(after, policy), attached(during, policy):
+        assert weight_metrics(during)["replaced_modules"] == weight_metrics(after)["replaced_modules"] == 9
+        assert torch.equal(forced(during, prompt(40), prompt(8, seed=5)), forced(after, prompt(40), prompt(8, seed=5)))
+
+
+def test_policies_that_need_the_whole_model_are_told_from_those_that_do_not() -> None:
+    """By what their classes say of themselves; a new one is sorted at once."""
+    info = make_session().info
+    for name, cls in discover().items():
+        if not issubclass(cls, WeightPolicy):
+            continue
+        why = needs_whole_model(info, [cls()])
+        assert bool(why) == (cls.wants is not None or cls.plan is not WeightPolicy.plan), name
+        if why:
+            assert f"{name} looks at" in why or f"{name} decides" in why
+            assert "\n" not in why
+    assert "the parts of a pipeline are loaded whole" in needs_whole_model(info.model_copy(update={"family": "diffusion"}), [])
 
 
 def test_missing_and_misshapen_weights_give_one_sentence(tmp_path: Path) -> None:

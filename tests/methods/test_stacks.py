@@ -67,6 +67,9 @@ LEGAL = (
     "magnitude+lut-gemm:fit=uniform+snapkv+kivi+lean-decode",
     "lut-tensor-core:bits=1,tables=float+prompt-lookup+lean-decode",
     "magnitude+quantizer:per=matrix,points=kmeans+h2o",
+    "magnitude+dfloat11+snapkv+kivi+lean-decode",
+    "magnitude:sparsity=0.7+flash-llm+snapkv+lean-decode",
+    "wanda:sparsity=0.8+flash-llm:sparsity=0+prompt-lookup",
     "wanda+rtn:bits=4",
     "sparsegpt:pattern=2:4+gptq",
     "magnitude+wanda",  # masks are edited in turn
@@ -95,6 +98,10 @@ ILLEGAL = {
     "think+kivi": "kv.dtype",  # the paper joins them; here a store has one form
     "rtn+dynamic-int8": "weights.format",
     "rtn:bits=4+dynamic-int8": "weights.format",
+    "rtn+dfloat11": "weights.format",
+    "magnitude+dfloat11+flash-llm": "weights.format",
+    "flash-llm+gptq": "weights.format",
+    "flash-llm+flash-llm:sparsity=0.9": "twice",
     "magnitude+rtn+dynamic-int8+lean-decode": "weights.format",
     "gptq+awq": "weights.format",
     "gptq:bits=3+snapkv+rtn": "weights.format",

@@ -24,6 +24,7 @@ from workers.mechanisms.linear import DenseLinear, Replacement, held_bytes
 from workers.mechanisms.weight_ledger import outermost, weight_ledger
 from workers.mechanisms.weight_policy import Spot, WeightPolicy, ledger, weight_metrics
 from workers.methods import card, discover
+from workers.plan import needs
 from workers.policies.quantize.dynamic_int8 import DynamicInt8
 from workers.policies.quantize.rtn import RoundToNearest
 from workers.race import Race
@@ -103,6 +104,17 @@ def test_four_bits_by_hand() -> None:
     assert got["padding_bytes"] == short * (64 // 2 + 4 * 2)
     assert got["weight_bytes"] == sum(got[n] for n in ("theoretical_weight_bytes", "scale_bytes", "padding_bytes"))
     assert rows == 2 * 512
+
+
+@pytest.mark.parametrize("knobs", [{"bits": 8}, {"bits": 4}, {"bits": 4, "head": "same"}, {"bits": 3, "head": "keep"}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_estimate_before_loading_is_near_what_is_held(knobs: dict[str, Any], tied: bool) -> None:
+    """Embeddings that no policy replaces and a head in another format are regarded; norms and padding are left out."""
+    session = make_session(tiny.llama_folder(name="llama-tied", tie_word_embeddings=True) if tied else tiny.llama_folder())
+    policy = RoundToNearest(**knobs)
+    foreseen = needs(session.spec, session.info, session.device, {}).lane([policy])
+    with attached(session, policy):
+        assert foreseen.weight_bytes == pytest.approx(weight_metrics(session)["weight_bytes"], rel=0.1)
 
 
 def test_the_bytes_that_a_library_hides_are_in_the_books() -> None:

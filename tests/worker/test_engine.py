@@ -26,6 +26,7 @@ from studio_state.experiment import ExperimentSpec
 from studio_state.metrics import METRICS
 from studio_state.pipeline import parse_pipeline
 from workers.engine import run
+from workers.export_model import Request, export
 from workers.host import ModelHost
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 3
@@ -215,6 +216,36 @@ def test_a_model_that_fits_only_compressed_still_runs(host: ModelHost, tiny_llam
     assert not of(events, Ratio)
     assert of(events, Output, lane=1)[0].data["token_ids"] == of(whole, Output, lane=1)[0].data["token_ids"]
     assert value(events, 1, "weight_bytes") == value(whole, 1, "weight_bytes") < value(whole, 0, "weight_bytes")
+
+
+def test_policies_that_need_the_whole_model_are_unavailable_where_it_fits_only_compressed(
+    host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = race(host, tiny_llama, "rtn:bits=8", options={"text": TEXT, "items": 1})
+    estimate = of(whole, ModelLoaded)[0].estimate
+    monkeypatch.setenv("PARETO_STUDIO_MEMORY_LIMIT", str(estimate.total - estimate.weight_bytes // 4))
+    events = race(host, tiny_llama, "gptq:bits=4", "rtn:bits=8", options={"text": TEXT, "items": 1})
+    status = {e.lane: e for e in of(events, LaneFinished)}
+    assert [status[i].status for i in range(3)] == ["unavailable", "unavailable", "finished"]
+    assert "gptq looks at what goes into the maps of the whole model" in status[1].message
+    alone = race(host, tiny_llama, "gptq:bits=4", options={"text": TEXT, "items": 1})
+    assert isinstance(alone[-1], Failed)
+    assert "so it cannot pack one while it loads" in alone[-1].message
+
+
+def test_an_exported_model_is_its_own_baseline(host: ModelHost, tiny_llama: Path, tmp_path: Path) -> None:
+    lanes = race(host, tiny_llama, "rtn:bits=4", options={"text": TEXT, "items": 1})
+    export(Request(model=str(tiny_llama), pipeline=parse_pipeline("rtn:bits=4"), out=tmp_path / "packed"))
+    events = race(host, tmp_path / "packed", "snapkv:window=4", options={"text": TEXT, "items": 1})
+    assert isinstance(events[-1], Finished), events[-1]
+    assert of(events, Output, lane=0)[0].data["token_ids"] == of(lanes, Output, lane=1)[0].data["token_ids"]
+    for name in ("weight_bytes", "theoretical_weight_bytes", "scale_bytes", "padding_bytes", "replaced_modules"):
+        assert value(events, 0, name) == value(lanes, 1, name)
+    estimate = of(events, ModelLoaded)[0].estimate
+    assert estimate.weight_bytes == pytest.approx(value(events, 0, "weight_bytes"), rel=0.01)
+    refused = race(host, tmp_path / "packed", "rtn:bits=8")
+    assert isinstance(refused[-1], Failed)
+    assert "are packed already (rtn:bits=4 of llama)" in refused[-1].message
 
 
 def test_lanes_that_do_not_fit_together_run_in_blocks(host: ModelHost, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Linear maps whose zeros are not stored: tiles of a sparse matrix, each a list of its non-zeros and where they stand.
 
-Tiled-CSL of Flash-LLM (Xia et al. 2023, arXiv:2309.10285, section 4; released code): a matrix is cut into tiles of 128 rows and 64
+Tiled-CSL of Flash-LLM (Xia et al. 2023, arXiv:2309.10285, by its released format builder): a matrix is cut into tiles of 128 rows and 64
 inputs. Of a tile each number that is not zero is stored with its place in the tile, 2 bytes; a tile's list is filled up to a
 multiple of 4 with zeros at free places. A product loads the lists, sets up dense tiles and multiplies those.
 

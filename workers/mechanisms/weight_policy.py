@@ -90,6 +90,11 @@ class WeightPolicy(Policy):
         """Put them in."""
         return replacing(session, self)
 
+    def head_factor(self, bits: int) -> float:
+        """As the knob ``head`` says, where there is one: kept as it is, in 8 bits, or like the rest."""
+        head = getattr(self, "head", "same")
+        return 1.0 if head in (False, "keep") else 8 / bits if head == "int8" else self.weight_factor(bits)
+
     def takes(self, name: str) -> bool:
         """Whether the knob ``modules`` lets it touch this map."""
         patterns = [p.strip() for p in self.modules.split(",") if p.strip()]

@@ -20,15 +20,16 @@ from workers.session import Session
 class FlashLLM(WeightPolicy):
     """Store only the weights that are not zero, tile by tile, and set the dense tiles up again to multiply: sparse to load, dense to compute.
 
-    Xia et al. 2023, arXiv:2309.10285, sections 3 and 4, by the released format builder and the method card. A non-zero takes its
-    own bytes and two for its place: in 16 bits a matrix shrinks to 2 (1 - s) of its size with a share s of zeros, in float32 to
+    Xia et al. 2023, arXiv:2309.10285, by its abstract and the released format builder and tiling. A non-zero takes its own bytes
+    and two for its place: in 16 bits a matrix shrinks to 2 (1 - s) of its size with a share s of zeros, in float32 to
     1.5 (1 - s). A map that an earlier policy pruned keeps that mask; any other one is pruned here by magnitude within the matrix. A
     map whose lists would not be smaller stays as it was.
 
     Deviations: the paper fine-tunes what is left, here nothing is trained. Each call sets the whole matrix up in memory
     and multiplies once, so products are those of the pruned dense matrix to the last bit, and decoding is slower than with it.
     The paper's kernel is for one GPU generation; ``product=triton`` is our own, which counts places where the paper scatters
-    into shared memory. It gives the dense product in Triton's interpreter and compiles for an H100, and has not run on a GPU yet.
+    into shared memory. It gives the dense product in Triton's interpreter (float16) and compiles for an A100 and an H100, and has
+    not run on a GPU yet.
     """
 
     card: ClassVar[Card] = card(
