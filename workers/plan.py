@@ -97,7 +97,9 @@ class Needs:
 
     def _weights(self, policies: Sequence[Policy]) -> int:
         maps = self.baseline.weight_bytes - self.embedding - self.head
-        inside, head = (prod(f(self.bits) for f in fs) for fs in ([p.weight_factor for p in policies], [p.head_factor for p in policies]))
+        inside, head = (
+            prod(f(self.bits) for f in fs) for fs in ([p.weight_factor for p in policies], [p.head_factor for p in policies])
+        )
         return int(self.embedding + self.head * head + maps * inside)
 
 
@@ -132,7 +134,11 @@ def needs(spec: ExperimentSpec, info: ModelInfo, device: torch.device, beside: M
     drafts = {name: estimate(spec, draft, device, dtype) for name, draft in beside.items()}
     table = info.vocab * info.hidden * dtype.itemsize if info.family in ("llm", "vlm") and not info.packed else 0
     return Needs(
-        estimate(spec, info, device), 8 * dtype.itemsize, drafts, embedding=0 if "tied-embeddings" in info.traits else table, head=table
+        estimate(spec, info, device),
+        8 * dtype.itemsize,
+        drafts,
+        embedding=0 if "tied-embeddings" in info.traits else table,
+        head=table,
     )
 
 

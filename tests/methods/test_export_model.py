@@ -123,6 +123,19 @@ def test_shared_tensors_lie_in_the_file_once_and_are_shared_again(tmp_path: Path
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
+    recipe = write(tiny.gguf_llama(), "rtn:bits=4", tmp_path / "packed")
+    lane, packed = opened(tiny.gguf_llama()), opened(tmp_path / "packed")
+    with attached(lane, *effective(parse_pipeline("rtn:bits=4"))):
+        wanted = read(lane)
+    got = read(packed)
+    assert got[0] == wanted[0]
+    assert torch.equal(got[1], wanted[1])
+    assert (recipe.dtype, packed.info.parameters) == ("float32", lane.info.parameters)
+    assert packed.processor.encode("a good fortune") == lane.processor.encode("a good fortune")
+    assert not list((tmp_path / "packed").glob("*.gguf"))
+
+
 def test_the_byte_table_is_what_lies_there(tmp_path: Path) -> None:
     recipe = write(tiny.llama_folder(), "rtn:bits=4", tmp_path / "packed")
     table, file = recipe.bytes, tmp_path / "packed" / "model.safetensors"

@@ -22,7 +22,7 @@ from studio_state.results import Results, results_of
 from studio_state.verdicts import judge, outcome
 
 SMOLLM2 = ModelInfo(
-    name="smollm2-135m", family="llm", architecture="LlamaForCausalLM", traits=("gqa", "tied-embeddings"), parameters=134_515_008,
+    name="smollm2-135m", family="llm", architecture="LlamaForCausalLM", traits=("gqa", "lean-shape", "tied-embeddings"), parameters=134_515_008,
     layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192, attention_layers=30,
 )  # fmt: skip
 

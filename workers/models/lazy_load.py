@@ -131,7 +131,7 @@ def _replace_experts(model: Any, files: Checkpoint, policies: Sequence[WeightPol
 
 
 def _load_rest(model: Any, files: Checkpoint, spots: Places) -> None:
-    """Read every parameter that is still on meta; a head that was left alone is tied again."""
+    """Read every parameter that is still on meta, and the buffers that files keep; a head that was left alone is tied again."""
     head = model.get_submodule(spots.head) if spots.head else None
     for name, parameter in list(model.named_parameters()):
         if not parameter.is_meta:
@@ -141,3 +141,8 @@ def _load_rest(model: Any, files: Checkpoint, spots: Places) -> None:
         setattr(model.get_submodule(path), leaf, value)
         if path == spots.embedding and isinstance(head, nn.Linear):
             head.weight = value
+    for path, module in model.named_modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            key = f"{path}.{leaf}" if path else leaf
+            if leaf not in module._non_persistent_buffers_set and key in files:
+                module._buffers[leaf] = files.read(key, buffer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from studio_state.errors import ModelError
 from studio_state.experiment import ModelInfo
+from studio_state.zoo import MANIFEST
 from workers.mechanisms.linear import Storable, held_bytes, tensor_bytes
 from workers.mechanisms.weight_ledger import outermost, weight_ledger
 from workers.models.packed_modules import Writer, storables
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".py")
-NOT_COPIED = ("training.json", RECIPE)
+NOT_COPIED = ("training.json", MANIFEST)
 APART = "saliency_head"  # a part of the loaded model whose weights lie in a file of their own
 _LENGTH_BYTES = 8
 
@@ -125,11 +126,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _bytes(model: nn.Module, folder: Path, base_bytes: int) -> Bytes:
-    """The byte table, from the model as it stands and the files as they lie there.
-
-    Raises:
-        ModelError: nothing is replaced.
-    """
+    """The byte table, from the model as it stands and the files as they lie there."""
     books = weight_ledger([model])
     if books is None:
         theoretical, scales, padding, held = float(held_bytes([model])), 0, 0, held_bytes([model])
