@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from studio_state.errors import ModelError, SpecError, StudioError
 from studio_state.experiment import ExperimentSpec
-from studio_state.pipeline import parse_pipeline
+from studio_state.pipeline import Pipeline, Step, parse_pipeline
 from studio_state.problems import pipeline_problems
 from tests import tiny, tiny_vision
 from tests.methods.drawing import OWN, draw, pipeline_folder, same_pictures
@@ -35,6 +35,7 @@ from workers.session import Session
 WEIGHT_POLICIES = [n for n, cls in discover().items() if cls.card.alters_weights]
 LLM_POLICIES = [n for n in WEIGHT_POLICIES if "llm" in discover()[n].card.families]
 TIED = {"name": "llama-tied", "tie_word_embeddings": True}
+QUICK = {"samples": 1, "steps": 1, "tokens": 64}  # knobs that cost time only
 WORKLOADS = {"llm": "speed", "vit": "classify", "vlm": "vqa", "diffusion": "generate-images"}
 
 
@@ -65,11 +66,11 @@ def read(session: Session) -> tuple[list[list[int]], torch.Tensor]:
 @pytest.mark.parametrize("name", LLM_POLICIES)
 def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path) -> None:
     cls = discover()[name]
-    folder = folder_for(cls.card)
-    recipe = write(folder, name, tmp_path / "packed")
+    folder, knobs = folder_for(cls.card), {k: v for k, v in QUICK.items() if k in cls.model_fields}
+    recipe = write(folder, Pipeline(steps=(Step(policy=name, knobs=knobs),)).text(), tmp_path / "packed")
     assert recipe.complaint == ""
     lane, packed = make_session(folder), opened(tmp_path / "packed")
-    with attached(lane, cls()):
+    with attached(lane, cls.model_validate(knobs)):
         wanted, held = read(lane), weight_metrics(lane)
         kinds = {n: type(m) for n, m in lane.model.named_modules() if isinstance(m, Replacement)}
     got = read(packed)
@@ -89,9 +90,9 @@ def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path)
         (tiny.llama_folder, "magnitude+rtn:bits=4"),
         (tiny.gpt2_folder, "rtn:bits=4"),
         (tiny.moe_folder, "rtn:modules=*.gate_up_proj.*"),
-        (tiny.moe_folder, "expert-prune+rtn"),
-        (tiny.moe_folder, "expert-prune+rtn:modules=*.self_attn.*"),
-        (lambda: tiny.moe_folder("qwen2_moe"), "magnitude+expert-prune"),
+        (tiny.moe_folder, "expert-prune:tokens=64+rtn"),
+        (tiny.moe_folder, "expert-prune:tokens=64+rtn:modules=*.self_attn.*"),
+        (lambda: tiny.moe_folder("qwen2_moe"), "magnitude+expert-prune:tokens=64"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

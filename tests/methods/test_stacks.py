@@ -76,6 +76,11 @@ LEGAL = (
     "rtn:bits=4+snapkv+wina+lean-decode",
     "wanda+rtn+kivi+teal+lean-decode",
     "top-k-experts+wina",
+    "magnitude+smoothquant+snapkv+lean-decode",
+    "llm-int8:threshold=4+kivi+lean-decode",
+    "quarot+kivi:bits=4+lean-decode",  # weights, activations and cache in 4 bits, as in the paper
+    "magnitude+quarot:activation_bits=16,head=same+prompt-lookup",  # the mask is rotated away, the pruned function is kept
+    "magnitude+fp8:activations=fp8+streamingllm",
     "lean-decode+kivi+snapkv+rtn",  # written in any order
 )
 
@@ -112,6 +117,9 @@ ILLEGAL = {
     "gptq+lut-gemm": "weights.format",
     "lut-gemm:bits=5": "a whole number from 1 to 4",
     "quantizer:points=octaves": "uniform, kmeans, powers",
+    "smoothquant+dynamic-int8": "weights.format",
+    "awq+quarot": "weights.format",  # the paper's authors round rotated weights with GPTQ; here one method rounds
+    "fp8+llm-int8+lean-decode": "weights.format",
     # what is written in full precision, and what packs it
     "deltallm+kivi": "kv.dtype",
     "cam+gear": "kv.dtype",
@@ -152,6 +160,8 @@ ILLEGAL = {
     "snapkv:keep=2": "a number from 0.01 to 1.0",
     "kivi:bits=3": "2, 4, 8",
     "kivi:group_size=12": "divisible by 8",
+    "smoothquant:alpha=2": "a number from 0.0 to 1.0",
+    "quarot:activation_bits=5": "4, 8, 16",
 }
 
 

@@ -40,7 +40,7 @@ SESSIONS: dict[str, Callable[[Path], Session]] = {
     "vit": lambda home: seeing_session(tiny_vision.vit_folder(), "classify"),
     "unet": lambda home: opened(wide_unet(home)),
 }
-QUICK = {"samples": 1, "steps": 1}  # knobs of calibrated policies that cost time and change no byte
+QUICK = {"samples": 1, "steps": 1, "tokens": 64}  # knobs of calibrated policies that cost time and change no byte
 
 
 def wide_unet(home: Path) -> Path:

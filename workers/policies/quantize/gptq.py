@@ -19,10 +19,11 @@ from workers.methods import card, knob
 class GPTQ(CalibratedPolicy, GroupedPolicy):
     """Round the weights of a linear map column by column; the columns still to come make up for each one's error.
 
-    Frantar et al. 2022, arXiv:2210.17323, section 3.3 and algorithm 1: the error of a column, over the diagonal of the
-    Cholesky factor of the inverse second moment of the inputs, is passed on along that factor's row. A group's grid is found
-    on the weights as they stand when its first column comes, or, with ``act_order``, on the original ones before all (the
-    released code's ``static_groups``), so that groups stay runs of neighbouring inputs and nothing is permuted when it runs.
+    Frantar et al. 2022, arXiv:2210.17323, "The GPTQ Algorithm", step 3, and algorithm 1: the error of a column, over the
+    diagonal of the Cholesky factor of the inverse second moment of the inputs, is passed on along that factor's row. A group's
+    grid is found on the weights as they stand when its first column comes, or, with ``act_order``, on the original ones before
+    all (the released code's ``static_groups``), so that groups stay runs of neighbouring inputs and nothing is permuted when
+    it runs.
 
     Deviations: columns are worked through in blocks as long as a group, so a grid sees all errors that were passed on (the
     released code finds it from weights that lack those of the running block of 128). Statistics are taken on the model

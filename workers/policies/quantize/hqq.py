@@ -19,9 +19,9 @@ BETA, KAPPA = 10.0, 1.01  # weight of the splitting, and what it grows by at eve
 class HQQ(GroupedPolicy):
     """Move each group's zero point to where a few badly rounded weights are let go and the others fit better; no calibration.
 
-    Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", section "Method", and its released code:
-    the p-th power of the rounding error, p < 1, is lowered by half-quadratic splitting. In turn the error is shrunk by the
-    proximal operator of the p-norm, which leaves only large errors, and the zero point is set to the mean of what remains.
+    Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", and its released code: the p-th
+    power of the rounding error, p < 1, is lowered by half-quadratic splitting. In turn the error is shrunk by the proximal
+    operator of the p-norm, which leaves only large errors, and the zero point is set to the mean of what remains.
 
     Deviations: errors are measured in steps of the grid, so that one weight of the splitting suits every matrix (the released
     code takes them in the weights' own unit, in which at its weight of 10 errors under about 0.17 all count as small). Of all
