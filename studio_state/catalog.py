@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from studio_state.resources import Use
+from studio_state.resources import WEIGHTS, Use
 
 Kind = Literal["policy", "analyzer", "recipe"]
 Stage = Literal["placement", "prune", "quantize", "tokens", "kv", "depth", "sparsity", "denoise", "decode", "runtime"]
@@ -93,6 +93,11 @@ class Card(BaseModel):
     def filled(self, knobs: dict[str, Any]) -> dict[str, Any]:
         """The given knobs completed with the defaults of the others."""
         return {**self.defaults(), **knobs}
+
+    @property
+    def changes_weights(self) -> bool:
+        """It makes other weights of a model's own, which can be kept; building the same ones into other modules is not that."""
+        return self.alters_weights and any(u.resource in WEIGHTS and u.mode in ("owns", "edits") for u in self.resources)
 
     def uses(self, knobs: dict[str, Any]) -> list[Use]:
         """Resource entries that hold at these knob values."""

@@ -43,7 +43,7 @@ def model_misfits(card: Card, step: Step, model: ModelInfo) -> list[Misfit]:
     if "ssm" in model.traits and "hybrid" not in model.traits and touched:
         text = f"{card.title} acts on {touched[0]}, but {model.name} has no attention layers, only running states; remove it"
         out.append(Misfit(text))
-    if model.packed and card.alters_weights:
+    if model.packed and card.changes_weights:
         text = f"{card.title} replaces weights, and those of {model.name} are packed already ({model.packed}); "
         out.append(Misfit(f"{text}remove it, or take the model that they were packed from"))
     knobs = card.filled(step.knobs)

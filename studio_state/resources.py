@@ -50,6 +50,9 @@ RESOURCES: dict[str, str] = {
     "runtime.compile": "how the model is compiled",
 }
 
+WEIGHTS = frozenset({"weights.mask", "weights.format", "weights.shape", "weights.values", "experts.weights"})
+"""What weights there are and how they are stored: what an exported model is made of."""
+
 
 class Use(BaseModel):
     """One thing a policy does to one resource.

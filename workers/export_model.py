@@ -143,6 +143,8 @@ def export(
         lane.check_effect()
         if lane.flags:
             raise SpecError("; ".join(lane.flags) + "; remove what does nothing, or set its knobs")
+        if not any(lane.acted.values()):
+            raise SpecError(f"{lane.order} replaces no weight of {info.name}, so there is nothing to pack; set its knobs")
         session.check_cancelled()
         say(f"writing {out}", None)
         return _write(out, host, session, lane, bare, base_bytes)
@@ -156,7 +158,7 @@ def _check_folder(out: Path) -> None:
 def _check_policies(policies: list[Policy]) -> None:
     if not policies:
         raise SpecError("the pipeline is empty, so there is nothing to pack; give weight policies, for example rtn:bits=4")
-    others = [p.card.id for p in policies if not p.card.alters_weights]
+    others = [p.card.id for p in policies if not p.card.changes_weights]
     if others:
         raise SpecError(
             f"{', '.join(others)} change{'s' if len(others) == 1 else ''} how a model runs, not its weights, so an exported model cannot "

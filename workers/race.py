@@ -40,9 +40,8 @@ OUTPUTS = {
     "classify": "label",
     "draw": "image",
 }  # task -> kind of output
-BY_THEIR_BITS = ("theoretical_weight_bytes", "scale_bytes", "padding_bytes")  # what replaced maps say of themselves
 SOURCES: dict[str, Source] = {
-    **dict.fromkeys((*BY_THEIR_BITS, "table_operations"), "estimated"),
+    **dict.fromkeys(("theoretical_weight_bytes", "table_operations"), "estimated"),
     **dict.fromkeys(("simulated_area", "simulated_energy"), "simulated"),
 }  # of what was not measured
 WARMUP_RUNS = 5  # warm-up ends when two runs differ by less than 5 %, or after this many

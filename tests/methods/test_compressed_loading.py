@@ -27,7 +27,9 @@ from workers.models.lazy_load import Compressed, load_compressed
 from workers.models.resolve import resolve
 from workers.plan import needs_whole_model
 from workers.policies.prune.magnitude import Magnitude
+from workers.policies.quantize.dfloat11 import DFloat11
 from workers.policies.quantize.dynamic_int8 import DynamicInt8
+from workers.policies.quantize.flash_llm import FlashLLM
 from workers.policies.quantize.rtn import RoundToNearest
 
 TIED = {"name": "llama-tied", "tie_word_embeddings": True}
@@ -37,6 +39,8 @@ PIPELINES: dict[str, tuple[Any, ...]] = {
     "rtn, head kept": (RoundToNearest(bits=4, head="keep"),),
     "dynamic-int8": (DynamicInt8(),),
     "magnitude, then rtn": (Magnitude(sparsity=0.5), RoundToNearest(bits=4)),
+    "dfloat11": (DFloat11(),),
+    "flash-llm": (FlashLLM(),),
 }
 
 

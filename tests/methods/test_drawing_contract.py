@@ -30,7 +30,7 @@ MODELS = (OWN, *BUILDERS)
 KNOBS: dict[str, dict[str, Any]] = {
     "first-block-cache": {"threshold": 10.0},  # a random model changes much from step to step
     **{name: {"bits": 8} for name in ("awq", "gptq", "hqq", "quarot")},  # no group divides these widths
-    **{name: {"group_size": 16} for name in ("lut-gemm", "lut-tensor-core")},
+    **{name: {"group_size": 8} for name in ("lut-gemm", "lut-tensor-core")},
     "mixed-bits": {"bits": 8, "low": 8},
 }
 

@@ -32,7 +32,7 @@ from workers.models.packed_save import header_bytes
 from workers.models.resolve import resolve
 from workers.session import Session
 
-WEIGHT_POLICIES = [n for n, cls in discover().items() if cls.card.alters_weights]
+WEIGHT_POLICIES = [n for n, cls in discover().items() if cls.card.changes_weights]
 LLM_POLICIES = [n for n in WEIGHT_POLICIES if "llm" in discover()[n].card.families]
 TIED = {"name": "llama-tied", "tie_word_embeddings": True}
 QUICK = {"samples": 1, "steps": 1, "tokens": 64}  # knobs that cost time only
@@ -89,6 +89,9 @@ def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path)
         (lambda: tiny.llama_folder(**TIED), "dynamic-int8"),
         (tiny.llama_folder, "magnitude+rtn:bits=4"),
         (tiny.gpt2_folder, "rtn:bits=4"),
+        (tiny.gpt2_folder, "dfloat11"),
+        (lambda: tiny.llama_folder(**TIED), "magnitude+dfloat11"),
+        (tiny.llama_folder, "magnitude:sparsity=0.8+flash-llm"),
         (tiny.moe_folder, "rtn:modules=*.gate_up_proj.*"),
         (tiny.moe_folder, "expert-prune:tokens=64+rtn"),
         (tiny.moe_folder, "expert-prune:tokens=64+rtn:modules=*.self_attn.*"),

@@ -48,6 +48,7 @@ def test_the_account_tells_that_zeros_are_stored() -> None:
         "theoretical_weight_bytes": bare,
         "scale_bytes": 0,
         "padding_bytes": 0,
+        "mean_bits": 32.0,
         "replaced_modules": 14,
         "zero_weights": 0.5,
     }

@@ -134,12 +134,18 @@ def test_maps_of_one_input_share_their_scales_which_come_from_all_of_them() -> N
 
 
 @pytest.mark.parametrize("head", [True, False])
-def test_bytes_follow_the_formula(head: bool) -> None:
-    shapes = 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)] + head * [(tiny.VOCAB, 64)]
-    session = make_session(tiny.llama_folder())
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_follow_the_formula_and_a_tied_embedding_reads_the_heads_table(head: bool, tied: bool) -> None:
+    shapes = 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    inside = sum(n * (k + 12) + 4 * k for n, k in shapes) + 4 * (5 * 64 + 2 * 8)
+    table, (n, k) = 4 * tiny.VOCAB * 64, (tiny.VOCAB, 64)
+    stored = n * (k + (4 if tied else 12)) + 4 * k if head else table
+    session = make_session(tiny.llama_folder(name="llama-tied", tie_word_embeddings=True) if tied else tiny.llama_folder())
     with attached(session, SmoothQuant(head=head, samples=2)):
-        embeddings = tiny.VOCAB * 64 * (1 if head else 2)
-        assert weight_bytes(session) == sum(n * (k + 12) + 4 * k for n, k in shapes) + 4 * (5 * 64 + 2 * 8 + embeddings)
+        assert weight_bytes(session) == inside + stored + (0 if tied else table)
+        if head and tied:
+            ids = torch.tensor([[3, 9]])
+            assert torch.equal(session.model.get_input_embeddings()(ids), session.model.lm_head.matrix()[ids])
 
 
 def test_a_map_that_calibration_never_reached_is_rounded_without_scales() -> None:

@@ -33,7 +33,7 @@ from workers.workloads.base import Item
 from workers.workloads.registry import make_workload
 
 FLOAT = 4
-WEIGHT_POLICIES = {n: cls for n, cls in discover().items() if cls.card.alters_weights}
+WEIGHT_POLICIES = {n: cls for n, cls in discover().items() if cls.card.changes_weights}
 SESSIONS: dict[str, Callable[[Path], Session]] = {
     "llm": lambda home: make_session(),
     "moe": lambda home: make_session(tiny.moe_folder(intermediate_size=64)),

@@ -68,7 +68,7 @@ class Storable(nn.Module):
     def rebuild(
         cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], inside: Mapping[str, nn.Module], like: nn.Module
     ) -> Self:
-        """Another one of the same values; a tensor that it did not have (a bias) is None.
+        """Another one of the same values; what is missing and may be None (a bias) is None.
 
         Args:
             facts, tensors, inside: as the methods of these names gave them; sizes come as tuples.
@@ -76,7 +76,9 @@ class Storable(nn.Module):
         """
         takes = _arguments(cls)
         given = {**facts, **tensors, **inside, **({"like": like} if "like" in takes else {})}
-        return cls(**{**{name: None for name, a in takes.items() if a.default is a.empty}, **given})
+        return cls(
+            **{**{name: None for name, a in takes.items() if a.default is a.empty and "None" in str(a.annotation)}, **given}
+        )
 
 
 def _arguments(cls: type) -> Mapping[str, inspect.Parameter]:

@@ -55,6 +55,7 @@ def save_packed(
     experts, tied = _rest(model, writer, bare)
     _copy_files(resolved, folder, tokenizer)
     save_file({key: _whole(t) for key, t in writer.tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # the library makes it for its owner alone
     info: ModelInfo = facts["info"]
     counts = _bytes(model, folder, base_bytes)
     recipe = PackedRecipe(

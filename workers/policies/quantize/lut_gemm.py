@@ -44,7 +44,7 @@ class LutGemm(GroupedPolicy):
     convolutions: ClassVar[bool] = True
 
     bits: int = knob(3, ge=1, le=4, help="sign patterns a weight; fewer = smaller, less exact, fewer look-ups")
-    group_size: Literal[16, 32, 64, 128, 256] = knob(
+    group_size: Literal[8, 16, 32, 64, 128, 256] = knob(
         32, help="inputs that share their scales; larger = smaller, less exact", fits="divides-widths"
     )
     fit: Literal["alternating", "greedy", "uniform"] = knob(

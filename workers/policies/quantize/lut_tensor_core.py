@@ -44,7 +44,7 @@ class LutTensorCore(GroupedPolicy):
     convolutions: ClassVar[bool] = True
 
     bits: int = knob(2, ge=1, le=4, help="bits a weight; fewer = smaller, less exact, fewer look-ups")
-    group_size: Literal[16, 32, 64, 128, 256] = knob(
+    group_size: Literal[8, 16, 32, 64, 128, 256] = knob(
         32, help="inputs that share a step, and a scale of their tables; larger = smaller, less exact", fits="divides-widths"
     )
     tables: Literal["int8", "float"] = knob("int8", help="sums of activations in 8 bits, or as they are")

@@ -26,10 +26,12 @@ class Smoothing(NamedTuple):
     Attributes:
         factors: s of each input channel, float32 [K] by map; maps that no calibration input reached have none.
         packed: products run on fbgemm's packed weights.
+        tied: the embedding reads the head's table, which must not be packed away then.
     """
 
     factors: Mapping[str, Tensor]
     packed: bool
+    tied: bool = False
 
 
 class SmoothQuant(CalibratedPolicy):
@@ -41,10 +43,11 @@ class SmoothQuant(CalibratedPolicy):
 
     Deviations: s is applied to the map's input inside its replacement, instead of being folded into the norm before; so maps
     behind no norm (``o_proj``, ``down_proj``) have one too, for four bytes an input channel and one multiplication at every
-    call. Activations have a scale a token, found at every call (the paper's O1 and O2); weights have one a row, where the
-    paper has one a tensor. Attention's own products stay floats. A channel whose activations or weights are all zero has
-    s = 1. float32 models on a CPU run on fbgemm's kernels with a zero point for activations, everything else on
-    symmetric codes; both multiply integers. Maps that no calibration input reaches are rounded without scales.
+    call. Activations have a scale a token, found at every call (the paper's O1); weights have one a row, where the paper has
+    one a tensor. Attention's own products stay floats. A channel whose activations or weights are all zero has s = 1.
+    float32 models on a CPU run on fbgemm's kernels, with a zero point for activations; everything else runs on symmetric
+    codes, and so does a head whose table a tied embedding reads. Both multiply integers. Maps that no calibration input
+    reaches are rounded without scales.
     """
 
     card: ClassVar[Card] = card(
@@ -85,7 +88,8 @@ class SmoothQuant(CalibratedPolicy):
                 inputs = torch.stack([seen[n].max_abs for n in maps]).amax(0).to(weight.device)
                 factors.update(dict.fromkeys(maps, smoothing(inputs, weight, self.alpha)))
         packed = session.device.type == "cpu" and session.dtype == torch.float32
-        return Smoothing(factors, packed and ENGINE in torch.backends.quantized.supported_engines)
+        packed = packed and ENGINE in torch.backends.quantized.supported_engines
+        return Smoothing(factors, packed, places(session).embedding is not None)
 
     def replacement(self, source: nn.Module, spot: Spot) -> Replacement | None:
         """8-bit weights behind the scales of their input."""
@@ -93,7 +97,8 @@ class SmoothQuant(CalibratedPolicy):
             return None
         weight, bias, factor = matrix_of(source).detach().float(), bias_of(source), spot.plan.factors.get(spot.name)
         weight = weight if factor is None else weight * factor
-        inner = DynamicInt8Linear(quantise(weight), bias, True) if spot.plan.packed else Int8Product(*row_codes(weight), bias)
+        packed = spot.plan.packed and not (spot.head and spot.plan.tied)
+        inner = DynamicInt8Linear(quantise(weight), bias, True) if packed else Int8Product(*row_codes(weight), bias)
         return inner if factor is None else ScaledInput(inner, 1 / factor)
 
     def weight_factor(self, bits: int) -> float:
