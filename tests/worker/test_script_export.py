@@ -15,7 +15,7 @@ from app.cli_history import export_experiment
 from app.script_export import bundle, export_script, policy_class
 from studio_state.catalog import Catalog
 from studio_state.errors import SpecError, StoreError
-from studio_state.events import Event, Output, Submitted
+from studio_state.events import Event, ModelLoaded, Output, Submitted
 from studio_state.experiment import ExperimentSpec
 from studio_state.paths import DataDir
 from studio_state.runcard import read_card
@@ -152,6 +152,15 @@ def test_what_has_no_tokens_is_refused(recorded: list[Event]) -> None:
     scored = [e.model_copy(update={"kind": "score"}) if isinstance(e, Output) else e for e in recorded]
     with pytest.raises(SpecError, match="generates no tokens"):
         export_script(scored, 0, Catalog.load())
+
+
+def test_packed_weights_are_refused(recorded: list[Event]) -> None:
+    packed = [
+        e.model_copy(update={"info": e.info.model_copy(update={"packed": "rtn of llama"})}) if isinstance(e, ModelLoaded) else e
+        for e in recorded
+    ]
+    with pytest.raises(SpecError, match=r"holds packed weights \(rtn of llama\), which a script without the studio cannot read"):
+        export_script(packed, 1, Catalog.load())
 
 
 def test_export_command_writes_card_and_script(recorded: list[Event], tmp_path: Path) -> None:

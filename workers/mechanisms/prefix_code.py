@@ -157,13 +157,14 @@ def _decode(words: Tensor, at: Tensor, symbols: Tensor, bits: Tensor) -> Tensor:
     pairs = low | (F.pad(low[1:], (0, 1)) << _WORD)  # 64 bits from each word on
     out = torch.empty(LANE, len(at), dtype=torch.uint8, device=words.device)
     window, index, taken = torch.empty_like(at), torch.empty_like(at), torch.empty_like(at)
-    for i in range(LANE):
+    for i, row in enumerate(out.unbind()):
         if i % _AT_ONCE == 0:
             torch.index_select(pairs, 0, at >> 5, out=window)
             window >>= at & (_WORD - 1)
+        else:
+            window >>= taken
         torch.bitwise_and(window, 2**LIMIT - 1, out=index)
-        torch.index_select(symbols, 0, index, out=out[i])
+        torch.index_select(symbols, 0, index, out=row)
         torch.index_select(bits, 0, index, out=taken)
-        window >>= taken
         at += taken
     return out

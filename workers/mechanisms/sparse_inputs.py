@@ -144,13 +144,12 @@ class SparseInput(TransformedInput):
 
         A bag of embeddings is just that: rows of a table, each times a number, summed in one pass. Each thread sums a piece.
         """
-        pieces = pieces_of(self.out_features, torch.get_num_threads())
+        pieces, many = pieces_of(self.out_features, torch.get_num_threads()), len(index)
         table = self.inner.weight.T.view(-1, self.out_features // pieces)  # [K * pieces, N / pieces]
-        if pieces == 1:
-            rows = index[None]
-        else:
-            rows = index * pieces + torch.arange(pieces)[:, None]
-        y = F.embedding_bag(rows, table, mode="sum", per_sample_weights=x[index].expand(pieces, -1)).view(-1)
+        taken, starts = x[index], torch.arange(0, many * pieces, many)
+        if pieces > 1:
+            index, taken = (index * pieces + torch.arange(pieces)[:, None]).view(-1), taken.repeat(pieces)
+        y = F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=taken).view(-1)
         return y if self.bias is None else y + self.bias
 
 
