@@ -58,8 +58,8 @@ class Problem(BaseModel):
 
 
 def nearest(word: str, allowed: list[str]) -> str:
-    """`` Did you mean ...?`` or the list of what is allowed."""
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    """``did you mean ...? `` with the first word that begins so or else the most alike; empty if none is."""
+    close = [a for a in allowed if word and a.startswith(f"{word}-")] or difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}? " if close else ""
 
 

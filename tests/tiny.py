@@ -145,6 +145,17 @@ def gpt2_folder(name: str = "gpt2", **changes: Any) -> Path:
     return _folder(name, config, changes)
 
 
+def bloom_folder() -> Path:
+    """BLOOM: its layers keep their attention under a name of their own."""
+
+    def config(ids: dict[str, int]) -> Any:
+        from transformers import BloomConfig
+
+        return BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, **ids)
+
+    return _folder("bloom", config, {})
+
+
 def gguf_llama() -> Path:
     """A GGUF file of :func:`llama_folder`: linears in Q4_1, embedding and head in Q8_0, norms in F32."""
     source = llama_folder()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -181,7 +184,7 @@ def test_no_trace_is_left() -> None:
 
 
 def test_other_blocks_narrow_as_well() -> None:
-    """Qwen3 (normalised heads), Mistral and Gemma 3 (sliding windows, one rotary embedding a layer kind)."""
+    """Qwen3 (normalised heads), Mistral, Gemma 3 (sliding windows, one rotary embedding a layer kind)."""
     for folder in (tiny.qwen3_folder(), tiny.mistral_folder(), tiny.gemma3_folder()):
         session = make_session(folder)
         assert load(folder) is session.model
@@ -191,8 +194,9 @@ def test_other_blocks_narrow_as_well() -> None:
         assert [layer.stored for layer in state.cache.layers] == [40, 11]
 
 
-def test_models_of_an_older_form_are_refused() -> None:
-    session = make_session(tiny.gpt2_folder())
+@pytest.mark.parametrize("folder", [tiny.gpt2_folder, tiny.bloom_folder])
+def test_models_of_an_older_form_are_refused(folder: Callable[[], Path]) -> None:
+    session = make_session(folder())
     with pytest.raises(Unavailable, match="all tokens go through all layers"):
         PromptDistill().attach(session)
     assert not session.observers

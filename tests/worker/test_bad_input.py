@@ -100,7 +100,7 @@ def test_refused_before_a_worker_starts(
 
 
 def test_every_problem_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--lane", "snapkw", "--lane", "rtn:bits=5", "--lane", "snapkv+h2o", "--set", "items=0"]
+    words = ["--lane", "snapkw", "--lane", "rtn:bits=9", "--lane", "snapkv+h2o", "--set", "items=0"]
     code, lines = told(capsys, "run", "--model", "m", "--workload", "needle", *words)
     assert code == 2
     assert {line[:7] for line in lines if line.startswith("lane")} == {"lane 1:", "lane 2:", "lane 3:"}

@@ -40,6 +40,7 @@ TOYS: dict[str, dict[str, Any]] = {
         "steps": 2, "batch_size": 4, "width": 32, "layers": 1, "autoencoder_steps": 2, "autoencoder_width": 8,
     },
 }  # fmt: skip
+GUIDANCE = {"fashion-unet": 1.5, "fashion-dit": 1.5, "fashion-latent": 5.0}  # of the pictures that are scored
 PARTS = {"fashion-unet": ["unet"], "fashion-dit": ["transformer"], "fashion-latent": ["transformer", "vae"]}
 STOPS = {  # the question at which each of several attempts is stopped; a question before each step and each batch of pictures
     "fashion-unet": (1, 1),  # after the first step; trained to the end, before it scores
@@ -264,7 +265,7 @@ def test_what_is_handed_over_is_a_pipeline_that_loads(whole: tuple[str, Path, Tr
     pipeline = ClassConditionalPipeline.from_pretrained(out, local_files_only=True)
     assert pipeline.config.id2label == dict(enumerate(CLASSES))
     assert trained.parameters == sum(p.numel() for part in PARTS[name] for p in getattr(pipeline, part).parameters())
-    scores = sample_and_judge(pipeline, 1, guidance=1.5)
+    scores = sample_and_judge(pipeline, 1, guidance=GUIDANCE[name])
     if name == "fashion-latent":
         scores["reconstruction_psnr"] = reconstruction_psnr(pipeline.vae, held_out()[0][:12], lambda text, done: None)
     assert scores == trained.scores
@@ -283,7 +284,7 @@ def test_the_model_card(whole: tuple[str, Path, Trained]) -> None:
     knobs = {k: v for k, v in TOYS[name].items() if k != "data"}
     assert all(f"--knob {k}={v}" in text for k, v in knobs.items())
     assert f"pareto-studio train {name} --out DIR --seed 0 --threads 1" in text
-    assert "Measured on 10 pictures from fixed seeds (20 steps, guidance 1.5), as fashion-vit names them" in text
+    assert f"Measured on 10 pictures from fixed seeds (20 steps, guidance {GUIDANCE[name]:g}), as fashion-vit names them" in text
     for score in ("class_agreement", *(["reconstruction_psnr"] if name == "fashion-latent" else [])):
         assert f"| {score} | {trained.scores[score]:.4f} |" in text
     kinds = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}

@@ -110,7 +110,7 @@ def test_a_race_in_the_space_is_kept_and_strangers_are_bounded(started: tuple[su
         ((str(place / "home"), {}, {}), "cannot be opened here"),
         (("assets/zoo", {}, {}), "cannot be opened by path here"),
         (("fashion-vit", {"source": "/etc"}, {}), "of the host cannot be opened here"),
-        (("fashion-vit", {"items": 10_000}, {}), "at most 200"),
+        (("fashion-vit", {"items": 10_000}, {}), "at most 300"),
         (("org/name", {}, {"trust_remote_code": True}), "that a model brings along is not run here"),
     ):
         with pytest.raises(AppError, match=sentence):

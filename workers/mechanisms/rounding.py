@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from studio_state.errors import SpecError
 from workers.cards import knob
 from workers.mechanisms import packing
-from workers.mechanisms.linear import Replacement, bias_of, matrix_of
+from workers.mechanisms.linear import Convolved, Replacement, bias_of, matrix_of
 from workers.mechanisms.packed_linear import Int8Linear, stored
 from workers.mechanisms.weight_policy import Spot, WeightPolicy
 
@@ -60,7 +60,7 @@ class GroupedPolicy(WeightPolicy):
         weight = matrix_of(source).detach()
         width = weight.shape[1]
         if bits < ROW_BITS and width % group:
-            if not isinstance(source, nn.Linear | Replacement) and source.weight.dim() == 4:  # type: ignore[union-attr, operator]
+            if isinstance(source, nn.Conv2d | Convolved):
                 return None
             self.check_width(width, bits, group, spot.name)
         pieces = []

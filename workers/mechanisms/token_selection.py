@@ -35,14 +35,16 @@ def narrowing(session: Session, policy: str, after: int, select: Select) -> Iter
         select: attention call -> indices [B, n] into the tokens that reach this layer, ascending; None = all.
 
     Raises:
-        Unavailable: the model is of an older form (as GPT-2) in which all tokens go through all layers.
+        Unavailable: the model is of an older form (as GPT-2) whose last states must be as many as the prompt's tokens.
     """
-    layers = [session.model.get_submodule(n) for n in session.family.parts(session.model)["layers"]]
-    if not layers:
+    names = session.family.parts(session.model)["layers"]
+    if not names or names[0].split(".")[-2] != "layers":  # older forms call them ``h``
         raise Unavailable(
             f"{session.info.name} is of an older form (as GPT-2) in which all tokens go through all layers; "
             f"remove {policy}, or choose another model"
         )
+
+    layers = [session.model.get_submodule(n) for n in names]
 
     def observe(call: AttentionCall) -> None:
         if call.layer != after or call.forward.phase != "prefill":
