@@ -34,6 +34,9 @@ def bench(plan: Plan) -> None:
     named = cache_policies()
     plain = [n for n, cls in named.items() if "keep" not in cls.model_fields]
     rows = [Row("baseline", None)]
+    needles, windows = _items(quick)
+    print(f"{plan.model}: {needles} needles in {NEEDLE_TOKENS} tokens; {windows} windows of {CONTEXT} + {SCORED} tokens")
+    print("| policy | keep | needles found | perplexity | KL to baseline, of the windows |\n|---|---|---|---|---|")
     budgets: list[tuple[float | None, list[str]]] = [(k, [n for n in named if n not in plain]) for k in KEEPS[-1:] if quick]
     if not quick:
         budgets = [*((k, [n for n in named if n not in plain]) for k in KEEPS), (None, plain)]
@@ -44,15 +47,17 @@ def bench(plan: Plan) -> None:
             for row, told in zip([rows[0], *batch], measure(spec, (FOUND, PERPLEXITY, KL), host), strict=True):
                 row.values.update(told.means)
         rows += batch
-    needles, windows = _items(quick)
-    print(f"{plan.model}: {needles} needles in {NEEDLE_TOKENS} tokens; {windows} windows of {CONTEXT} + {SCORED} tokens")
-    print("| policy | keep | needles found | perplexity | KL to baseline, of the windows |\n|---|---|---|---|---|")
+        _tell(rows if len(rows) == len(batch) + 1 else batch)
+    for row in rows:
+        print(json_line("kv-quality", plan, policy=row.policy, keep=row.keep, **row.values))
+
+
+def _tell(rows: list[Row]) -> None:
+    """Rows of the table as soon as they are measured: the whole takes about an hour."""
     for row in rows:
         found, perplexity, kl = (row.values.get(n) for n in (FOUND, PERPLEXITY, KL))
         cells = [row.policy, "" if row.keep is None else f"{row.keep:g}", *map(_cell, (found, perplexity, kl))]
-        print(f"| {' | '.join(cells)} |")
-    for row in rows:
-        print(json_line("kv-quality", plan, policy=row.policy, keep=row.keep, **row.values))
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _cell(value: float | None) -> str:

@@ -42,7 +42,6 @@ class Float8Linear(PackedLinear):
 
     codes: Tensor
     scales: Tensor
-    kernel_rows = 0
     bits = 8.0
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, activations: bool):
@@ -66,10 +65,6 @@ class Float8Linear(PackedLinear):
         """Whether the GPU multiplies these: e4m3 on both sides, widths that 16 divides, and a Hopper or newer."""
         fits = not self.in_features % _KERNEL_WIDTH and not self.out_features % _KERNEL_WIDTH and self.codes.dtype == E4M3
         return fits and self.codes.is_cuda and torch.cuda.get_device_capability(self.codes.device) >= _HOPPER
-
-    def kernel(self, x: Tensor) -> Tensor:
-        """Never called: no CPU kernel reads 8-bit floats with float activations."""
-        raise NotImplementedError("no kernel reads 8-bit floats")
 
     def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
         """Rows [n, K]."""

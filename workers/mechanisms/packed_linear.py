@@ -31,7 +31,7 @@ class PackedLinear(Replacement):
     """What both formats share: kernel for few rows, slices of unpacked rows otherwise."""
 
     STEP = packing.ROW_CHUNK
-    kernel_rows: int  # up to so many input rows the CPU kernel runs; 0 = it does not take this shape
+    kernel_rows: int = 0  # up to so many input rows the CPU kernel runs; 0 = there is none for this format or shape
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
@@ -52,9 +52,9 @@ class PackedLinear(Replacement):
         """Rows of this very table."""
         return Lookup(self, dtype)
 
-    @abstractmethod
     def kernel(self, x: Tensor) -> Tensor:
-        """bfloat16 [m, K] -> bfloat16 [m, N], without bias."""
+        """bfloat16 [m, K] -> bfloat16 [m, N], without bias; by unpacking where no kernel of the library reads the format."""
+        return F.linear(x, self.matrix().to(x.dtype))
 
     @abstractmethod
     def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
@@ -210,7 +210,6 @@ class BitPlaneLinear(PackedLinear):
 
     planes: Tensor
     grid: Tensor
-    kernel_rows = 0
 
     def __init__(self, planes: Tensor, grid: Tensor, bias: Tensor | None):
         super().__init__(8 * planes.shape[2], planes.shape[1], bias)
@@ -230,10 +229,6 @@ class BitPlaneLinear(PackedLinear):
     def stored(cls, codes: Tensor, grid: Tensor, bits: int, bias: Tensor | None) -> BitPlaneLinear:
         """Codes uint8 [N, K] on a grid [K/g, N, 2], packed; K must be a multiple of 8."""
         return cls(packing.pack_planes(codes, bits), grid, bias)
-
-    def kernel(self, x: Tensor) -> Tensor:
-        """bfloat16 [m, K] -> bfloat16 [m, N], by unpacking: no kernel of the library reads bit planes."""
-        return F.linear(x, self.matrix().to(x.dtype))
 
     def unpacked(self, start: int, dtype: torch.dtype) -> Tensor:
         """Rows [n, K]."""
