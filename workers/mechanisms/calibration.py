@@ -96,6 +96,14 @@ def gathered(
         yield group, seen
 
 
+def sharing_inputs(seen: Mapping[str, Seen]) -> dict[str, list[str]]:
+    """Maps that are given the very same tensor, under the first of them."""
+    found: dict[str, list[str]] = {}
+    for name, one in seen.items():
+        found.setdefault(one.beside, []).append(name)
+    return found
+
+
 def _groups(session: Session, names: Sequence[str], wants: frozenset[Want]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from studio_state.catalog import Card
 from workers.mechanisms import packing
-from workers.mechanisms.calibration import Want, gathered
+from workers.mechanisms.calibration import Want, gathered, sharing_inputs
 from workers.mechanisms.linear import DenseLinear, Replacement, bias_of, matrix_of
 from workers.mechanisms.output_error import output_error, rounded
 from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
@@ -65,8 +65,8 @@ class AWQ(CalibratedPolicy, GroupedPolicy):
         inside = [n for n in names if n != head or self.head == "same"]
         sharing: dict[str, list[str]] = {}
         for _, seen in gathered(session, inside, frozenset(), self.samples):
-            for name, one in seen.items():
-                sharing.setdefault(one.beside, []).append(name)
+            for first, names in sharing_inputs(seen).items():
+                sharing.setdefault(first, []).extend(names)
         found: dict[str, Tensor] = {}
         for group, seen in gathered(session, list(sharing), frozenset({"moment"}), self.samples):
             for first in group:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from studio_state.catalog import Card
-from workers.mechanisms.calibration import Want, gathered
+from workers.mechanisms.calibration import Want, gathered, sharing_inputs
 from workers.mechanisms.int8_activations import ENGINE, DynamicInt8Linear, quantise
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.scaled_input import ScaledInput
@@ -78,12 +78,8 @@ class SmoothQuant(CalibratedPolicy):
         if not self.head:
             names = [n for n in names if n != places(session).head]
         factors: dict[str, Tensor] = {}
-        for group, seen in gathered(session, names, frozenset(), self.samples):
-            sharing: dict[str, list[str]] = {}
-            for name in group:
-                if name in seen:
-                    sharing.setdefault(seen[name].beside, []).append(name)
-            for maps in sharing.values():
+        for _, seen in gathered(session, names, frozenset(), self.samples):
+            for maps in sharing_inputs(seen).values():
                 weight = torch.stack([matrix_of(session.model.get_submodule(n)).float().abs().amax(0) for n in maps]).amax(0)
                 inputs = torch.stack([seen[n].max_abs for n in maps]).amax(0).to(weight.device)
                 factors.update(dict.fromkeys(maps, smoothing(inputs, weight, self.alpha)))
