@@ -28,6 +28,14 @@ from workers.mechanisms.weight_places import Places, places
 from workers.methods import Policy
 from workers.session import Session
 
+QUANTIZES: dict[str, Any] = {
+    "stage": "quantize",
+    "families": ("llm", "vlm", "diffusion", "vit"),
+    "owns": ("weights.format",),
+    "effects": {"weight_bytes": "down"},
+    "neutral": None,
+    "alters_weights": True,
+}  # what the cards of policies that store fewer bits have in common
 WHICH = "Which maps, and what it is calibrated on"  # heading of the knobs that all weight policies have
 
 

@@ -16,7 +16,7 @@ from workers.mechanisms.output_error import output_error, rounded
 from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
 from workers.mechanisms.scaled_input import ScaledInput
 from workers.mechanisms.weight_places import places
-from workers.mechanisms.weight_policy import CalibratedPolicy, Spot
+from workers.mechanisms.weight_policy import QUANTIZES, CalibratedPolicy, Spot
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -44,14 +44,9 @@ class AWQ(CalibratedPolicy, GroupedPolicy):
         id="awq",
         title="AWQ",
         paper="arXiv:2306.00978",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds; with one step of the search and no clipping it is round-to-nearest",
-        alters_weights=True,
+        **QUANTIZES,
     )
     wants: ClassVar[frozenset[Want] | None] = frozenset({"moment"})
 

@@ -12,7 +12,7 @@ from studio_state.errors import SpecError
 from workers.mechanisms.dynamic_float import FORMATS, DynamicFloatLinear
 from workers.mechanisms.exact_linear import held_matrix
 from workers.mechanisms.linear import Replacement, bias_of
-from workers.mechanisms.weight_policy import Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -36,13 +36,8 @@ class DFloat11(WeightPolicy):
         id="dfloat11",
         title="DFloat11",
         paper="arXiv:2504.11651",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral={},
+        **QUANTIZES | {"neutral": {}},
         dtypes=("bfloat16", "float32"),
-        alters_weights=True,
     )
     convolutions: ClassVar[bool] = True
 

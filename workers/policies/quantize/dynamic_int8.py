@@ -12,7 +12,7 @@ from studio_state.catalog import Card
 from studio_state.errors import SpecError
 from workers.mechanisms.int8_activations import ENGINE, DynamicInt8Linear, quantise
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
-from workers.mechanisms.weight_policy import Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -30,17 +30,12 @@ class DynamicInt8(WeightPolicy):
     card: ClassVar[Card] = card(
         id="dynamic-int8",
         title="Dynamic int8",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds weights and activations to 8 bits",
         requires=(f"cpu:{ENGINE}",),
         dtypes=("float32",),
         devices=("cpu",),
-        alters_weights=True,
+        **QUANTIZES,
     )
     activations: Literal["token", "tensor"] = knob(
         "token",

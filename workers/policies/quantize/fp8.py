@@ -9,7 +9,7 @@ from torch import nn
 from studio_state.catalog import Card
 from workers.mechanisms.float8 import E4M3, E5M2, Float8Linear, to_float8
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
-from workers.mechanisms.weight_policy import Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
 from workers.methods import card, knob
 
 
@@ -32,13 +32,8 @@ class FP8(WeightPolicy):
         id="fp8",
         title="8-bit floats",
         paper="arXiv:2209.05433",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds the weights to 2 or 3 bits of mantissa",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True
 

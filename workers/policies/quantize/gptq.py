@@ -12,7 +12,7 @@ from workers.mechanisms import packing
 from workers.mechanisms.calibration import Want
 from workers.mechanisms.inverse_moment import BLOCK, inverse_factor, sweep
 from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
-from workers.mechanisms.weight_policy import CalibratedPolicy, Spot
+from workers.mechanisms.weight_policy import QUANTIZES, CalibratedPolicy, Spot
 from workers.methods import card, knob
 
 
@@ -37,14 +37,9 @@ class GPTQ(CalibratedPolicy, GroupedPolicy):
         id="gptq",
         title="GPTQ",
         paper="arXiv:2210.17323",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds; on inputs that do not correlate it is round-to-nearest",
-        alters_weights=True,
+        **QUANTIZES,
     )
     wants: ClassVar[frozenset[Want] | None] = frozenset({"moment"})
 

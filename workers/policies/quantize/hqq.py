@@ -10,7 +10,7 @@ from torch import Tensor
 from studio_state.catalog import Card
 from workers.mechanisms import packing
 from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
-from workers.mechanisms.weight_policy import Spot
+from workers.mechanisms.weight_policy import QUANTIZES, Spot
 from workers.methods import card, knob
 
 BETA, KAPPA = 10.0, 1.01  # weight of the splitting, and what it grows by at every step; the released code's
@@ -34,14 +34,9 @@ class HQQ(GroupedPolicy):
         id="hqq",
         title="HQQ",
         paper="Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds; without iterations it is round-to-nearest",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True
 

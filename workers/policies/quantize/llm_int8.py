@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from studio_state.catalog import Card
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.token_rounding import Int8Product, row_codes
-from workers.mechanisms.weight_policy import Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
 from workers.methods import card, knob
 
 
@@ -61,13 +61,8 @@ class LLMInt8(WeightPolicy):
         id="llm-int8",
         title="LLM.int8()",
         paper="arXiv:2208.07339",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds the weights to 8 bits",
-        alters_weights=True,
+        **QUANTIZES,
     )
     threshold: float = knob(
         6.0,

@@ -11,7 +11,7 @@ from workers.mechanisms import binary_codes, packing
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.lut_linear import BinaryCodeLinear
 from workers.mechanisms.rounding import GroupedPolicy
-from workers.mechanisms.weight_policy import Spot
+from workers.mechanisms.weight_policy import QUANTIZES, Spot
 from workers.methods import card, knob
 
 
@@ -33,13 +33,8 @@ class LutGemm(GroupedPolicy):
         id="lut-gemm",
         title="LUT-GEMM",
         paper="arXiv:2206.09557",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds; a product by look-up equals that with the unpacked weights",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True
 

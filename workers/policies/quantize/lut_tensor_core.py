@@ -11,7 +11,7 @@ from workers.mechanisms import lookup_tables, packing
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.lut_linear import HalfTableLinear
 from workers.mechanisms.rounding import GroupedPolicy
-from workers.mechanisms.weight_policy import Spot
+from workers.mechanisms.weight_policy import QUANTIZES, Spot
 from workers.methods import card, knob
 
 
@@ -33,13 +33,8 @@ class LutTensorCore(GroupedPolicy):
         id="lut-tensor-core",
         title="LUT Tensor Core",
         paper="arXiv:2408.06003",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds weights; with float tables the product equals that with the rounded weights",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True
 

@@ -19,7 +19,7 @@ from workers.mechanisms.linear import matrix_of
 from workers.mechanisms.output_error import output_error, rounded
 from workers.mechanisms.rounding import ROW_BITS, GroupedPolicy
 from workers.mechanisms.weight_places import places
-from workers.mechanisms.weight_policy import CalibratedPolicy, Spot
+from workers.mechanisms.weight_policy import QUANTIZES, CalibratedPolicy, Spot
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -46,13 +46,8 @@ class MixedBits(CalibratedPolicy, GroupedPolicy):
     card: ClassVar[Card] = card(
         id="mixed-bits",
         title="Mixed bits",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds; with low = high it is round-to-nearest at that width",
-        alters_weights=True,
+        **QUANTIZES,
     )
 
     bits: float = knob(4.0, ge=2, le=8, help="average bits a weight over the maps; fewer = smaller, less exact")  # type: ignore[assignment]

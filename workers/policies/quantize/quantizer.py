@@ -12,7 +12,7 @@ from workers.mechanisms import levels, packing, ranges
 from workers.mechanisms.linear import Convolved, Replacement, bias_of, matrix_of
 from workers.mechanisms.packed_linear import stored
 from workers.mechanisms.rounding import GroupedPolicy
-from workers.mechanisms.weight_policy import Spot
+from workers.mechanisms.weight_policy import QUANTIZES, Spot
 from workers.methods import card, knob
 
 
@@ -34,13 +34,8 @@ class Quantizer(GroupedPolicy):
         id="quantizer",
         title="Quantizer",
         paper="arXiv:2103.13630",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds; each weight inside the clipping range moves by at most half a step",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True
 

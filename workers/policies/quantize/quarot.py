@@ -12,7 +12,7 @@ from workers.mechanisms.hadamard import RotatedInput, rotate, signs
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.packed_linear import stored
 from workers.mechanisms.rounding import GroupedPolicy, plain_grid
-from workers.mechanisms.weight_policy import Spot
+from workers.mechanisms.weight_policy import QUANTIZES, Spot
 from workers.methods import card, knob
 
 
@@ -36,14 +36,9 @@ class QuaRot(GroupedPolicy):
         id="quarot",
         title="QuaRot",
         paper="arXiv:2404.00456",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
         spoils=("weights.mask",),
-        effects={"weight_bytes": "down"},
-        neutral=None,
         not_neutral_because="every setting rounds the weights",
-        alters_weights=True,
+        **QUANTIZES,
     )
     bits: int = knob(4, ge=2, le=8, help="bits a weight; fewer = smaller, less exact; 4 and 8 have fast CPU kernels, others none")
     activation_bits: Literal[4, 8, 16] = knob(4, help="bits of what goes into a map; fewer = less exact; 16 = not rounded")

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from studio_state.catalog import Card
 from workers.mechanisms.rounding import GroupedPolicy
+from workers.mechanisms.weight_policy import QUANTIZES
 from workers.methods import card
 
 
@@ -23,13 +24,8 @@ class RoundToNearest(GroupedPolicy):
     card: ClassVar[Card] = card(
         id="rtn",
         title="Round-to-nearest",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds; each weight moves by at most half a step of its grid",
-        alters_weights=True,
+        **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.scaled_input import ScaledInput
 from workers.mechanisms.token_rounding import Int8Product, row_codes
 from workers.mechanisms.weight_places import places
-from workers.mechanisms.weight_policy import CalibratedPolicy, Spot
+from workers.mechanisms.weight_policy import QUANTIZES, CalibratedPolicy, Spot
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -54,14 +54,9 @@ class SmoothQuant(CalibratedPolicy):
         id="smoothquant",
         title="SmoothQuant",
         paper="arXiv:2211.10438",
-        stage="quantize",
-        families=("llm", "vlm", "diffusion", "vit"),
-        owns=("weights.format",),
-        effects={"weight_bytes": "down"},
         hopes={"decode_tokens_per_s": "up"},
-        neutral=None,
         not_neutral_because="every setting rounds weights and activations to 8 bits",
-        alters_weights=True,
+        **QUANTIZES,
     )
     wants: ClassVar[frozenset[Want] | None] = frozenset()
 
