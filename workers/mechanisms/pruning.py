@@ -6,7 +6,7 @@ Shapes: N output rows, K inputs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from workers.cards import knob
 from workers.mechanisms.calibration import Want
 from workers.mechanisms.linear import DenseLinear, Replacement, bias_of, matrix_of
 from workers.mechanisms.weight_policy import CalibratedPolicy, Spot
+
+PRUNES: dict[str, Any] = {
+    "stage": "prune",
+    "families": ("llm", "vlm", "diffusion", "vit"),
+    "edits": ("weights.mask",),
+    "effects": {"weight_bytes": "same", "zero_weights": "up"},
+    "neutral": {"sparsity": 0.0, "pattern": "unstructured"},
+    "alters_weights": True,
+}  # what the cards of policies that set weights to zero by what goes into them have in common
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
 

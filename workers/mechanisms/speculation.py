@@ -9,12 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 
 from workers.families.batches import State
 from workers.families.llm import Generation
 from workers.session import Session
+
+DRAFTS: dict[str, Any] = {
+    "stage": "decode",
+    "families": ("llm", "vlm"),
+    "workloads": ("needle", "prompts", "speed"),
+    "owns": ("decode.loop",),
+    "needs": ("kv.rollback",),
+    "effects": {"forward_passes": "down", "accepted_tokens": "up"},
+    "hopes": {"decode_tokens_per_s": "up"},
+    "neutral": {"draft": 0},
+    "max_batch": 1,
+}  # what the cards of policies that guess tokens and have them verified have in common
 
 Propose = Callable[[Sequence[int]], Sequence[int]]
 Draft = Callable[[Sequence[int], int], Sequence[int]]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ from workers.session import Session
 if TYPE_CHECKING:
     from workers.families.image_layout import ImageLayout
 
+CHOOSES_IMAGE_TOKENS: dict[str, Any] = {
+    "stage": "tokens",
+    "families": ("vlm",),
+    "owns": ("tokens.visual",),
+    "effects": {"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
+    "hopes": {"ttft_s": "down"},
+    "neutral": {"keep": 1.0},
+}  # what the cards of policies that choose which image tokens enter the language model have in common
 LEVELS = tuple(round(0.01 * i, 2) for i in range(1, 101))  # settings of keep that the screen's slider can show
 FINE_UP_TO = 256  # image tokens; of more, every fifth of these settings is tried
 

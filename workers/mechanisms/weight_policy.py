@@ -90,12 +90,29 @@ class WeightPolicy(Policy):
         """Calibration inputs to run."""
         return 0
 
+    def check(self, session: Session) -> None:
+        """Whether it can run here at these knobs; told before anything is built.
+
+        Raises:
+            SpecError: it cannot.
+        """
+
     def prepare(self, session: Session) -> None:
-        """Build all replacements."""
+        """Build all replacements.
+
+        Raises:
+            SpecError: see :meth:`check`.
+        """
+        self.check(session)
         replacements(session, self)
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
-        """Put them in."""
+        """Put them in.
+
+        Raises:
+            SpecError: see :meth:`check`.
+        """
+        self.check(session)
         return replacing(session, self)
 
     def head_factor(self, bits: int) -> float:

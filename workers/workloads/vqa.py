@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import count
 from typing import Any, ClassVar, Literal
 
 from studio_state.catalog import WorkloadCard
 from studio_state.errors import WorkloadError
-from studio_state.problems import nearest
 from workers.cards import knob
 from workers.data.photos import package_photos
 from workers.data.pictures import FilePicture
-from workers.data.scenes import KINDS, QuestionKind, ScenePicture, held_out_scene
+from workers.data.scenes import KINDS, Question, ScenePicture, held_out_scene
+from workers.workloads.asked_kinds import asked, kinds_in
 from workers.workloads.base import Grade, Item, ItemContext, ItemResult, Workload
 from workers.workloads.detects import accuracies
 from workers.workloads.image_tables import Listed, checked, given_images
@@ -22,7 +21,7 @@ from workers.workloads.texts import refuse_binary
 from workers.workloads.tokens import encode, require_room
 
 SOURCES = ("scenes", "photos")
-SCENE_TOKENS, PHOTO_TOKENS = 4, 48  # an answer about a scene is one word
+PHOTO_TOKENS = 48
 BLIND = {96: 0.37, 192: 0.39}  # by size: the most frequent answer of each kind, over 300 held-out scenes (a test counts them)
 OPEN_PROMPTS = {
     "describe": "Describe the picture.",
@@ -94,41 +93,15 @@ class VQA(Workload):
         return items
 
     def _about_scenes(self) -> list[Item]:
-        kinds = self._kinds()
-        items: list[Item] = []
-        for n in count():
+        def drawn(n: int) -> tuple[ScenePicture, Sequence[Question]]:
             scene, questions = held_out_scene(self.scene_size, n)
-            for asked in questions:
-                if len(items) == self.items:
-                    return items
-                if asked.kind in kinds:
-                    items.append(
-                        Item(
-                            id=f"scene-{n}-{asked.kind}",
-                            prompt=asked.text,
-                            image=ScenePicture(scene),
-                            expected=asked.answer,
-                            max_new_tokens=SCENE_TOKENS,
-                            data={"kind": asked.kind, "answers": [asked.answer]},
-                        )
-                    )
-        raise AssertionError("there is no end of scenes")
+            return ScenePicture(scene), questions
 
-    def _kinds(self) -> tuple[QuestionKind, ...]:
-        """The kinds asked for, in the order in which a scene is asked them."""
-        wanted = [word for part in self.kinds.split(",") if (word := part.strip())]
-        if not wanted:
-            raise WorkloadError(f"kinds is empty; name at least one of {', '.join(KINDS)}")
-        for word in wanted:
-            if word not in KINDS:
-                raise WorkloadError(
-                    f"there is no kind of question {word!r}; {nearest(word, list(KINDS))}allowed: {', '.join(KINDS)}"
-                )
-        return tuple(kind for kind in KINDS if kind in wanted)
+        return asked(self.items, kinds_in(self.kinds, KINDS), "scene", drawn)
 
     def _about_photos(self) -> list[Item]:
         photos = package_photos()
-        asked = [(path, kind, prompt) for kind, prompt in OPEN_PROMPTS.items() for path in photos]
+        each = [(path, kind, prompt) for kind, prompt in OPEN_PROMPTS.items() for path in photos]
         return [
             Item(
                 id=f"{path.stem}-{kind}",
@@ -137,7 +110,7 @@ class VQA(Workload):
                 max_new_tokens=PHOTO_TOKENS,
                 data={"kind": kind},
             )
-            for path, kind, prompt in asked[: self.items]
+            for path, kind, prompt in each[: self.items]
         ]
 
     def _about_file(self, image: Listed) -> Item:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Sequence
 from typing import ClassVar
 
 from studio_state.catalog import WorkloadCard
-from studio_state.errors import WorkloadError
-from studio_state.problems import nearest
 from workers.cards import knob
-from workers.data.clips import CLIP_KINDS, ClipPicture, held_out_clip
+from workers.data.clips import CLIP_KINDS, ClipPicture, ClipQuestion, held_out_clip
+from workers.workloads.asked_kinds import asked, kinds_in
 from workers.workloads.base import Grade, Item, ItemContext, ItemResult, Workload
 from workers.workloads.detects import accuracies
-from workers.workloads.vqa import SCENE_TOKENS, first_word
+from workers.workloads.vqa import first_word
 
 BLIND = 0.34  # the most frequent answer of each kind, over 300 clips of seed 0 (a test counts them)
 
@@ -47,31 +46,12 @@ class VQAClips(Workload):
         Raises:
             WorkloadError: there is no such kind of question.
         """
-        kinds = [word for part in self.kinds.split(",") if (word := part.strip())]
-        if not kinds:
-            raise WorkloadError(f"kinds is empty; name at least one of {', '.join(CLIP_KINDS)}")
-        for word in kinds:
-            if word not in CLIP_KINDS:
-                hint = nearest(word, list(CLIP_KINDS))
-                raise WorkloadError(f"there is no kind of question {word!r}; {hint}allowed: {', '.join(CLIP_KINDS)}")
-        items: list[Item] = []
-        for n in count():
+
+        def drawn(n: int) -> tuple[ClipPicture, Sequence[ClipQuestion]]:
             clip, questions = held_out_clip(ctx.seed, n)
-            for asked in questions:
-                if len(items) == self.items:
-                    return items
-                if asked.kind in kinds:
-                    items.append(
-                        Item(
-                            id=f"clip-{n}-{asked.kind}",
-                            prompt=asked.text,
-                            image=ClipPicture(clip),
-                            expected=asked.answer,
-                            max_new_tokens=SCENE_TOKENS,
-                            data={"kind": asked.kind},
-                        )
-                    )
-        raise AssertionError("there is no end of clips")
+            return ClipPicture(clip), questions
+
+        return asked(self.items, kinds_in(self.kinds, CLIP_KINDS), "clip", drawn)
 
     def grade(self, result: ItemResult) -> Grade:
         """The first word is the answer."""

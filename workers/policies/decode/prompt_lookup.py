@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from studio_state.catalog import Card
-from workers.mechanisms.speculation import lookup, speculating
+from workers.mechanisms.speculation import DRAFTS, lookup, speculating
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -24,15 +24,7 @@ class PromptLookup(Policy):
         id="prompt-lookup",
         title="Prompt lookup",
         paper="Saxena 2023, Prompt Lookup Decoding",
-        stage="decode",
-        families=("llm", "vlm"),
-        workloads=("needle", "prompts", "speed"),
-        owns=("decode.loop",),
-        needs=("kv.rollback",),
-        effects={"forward_passes": "down", "accepted_tokens": "up"},
-        hopes={"decode_tokens_per_s": "up"},
-        neutral={"draft": 0},
-        max_batch=1,
+        **DRAFTS,
     )
     draft: int = knob(
         8, ge=0, le=64, help="tokens guessed at once; more = fewer passes where text repeats, more wasted work elsewhere"

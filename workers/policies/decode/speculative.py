@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from studio_state.catalog import Card
 from workers.mechanisms.drafting import DraftModel, FirstLayers, SmallModel, load_draft
-from workers.mechanisms.speculation import drafting
+from workers.mechanisms.speculation import DRAFTS, drafting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -34,15 +34,7 @@ class Speculative(Policy):
         id="speculative",
         title="Speculative decoding",
         paper="arXiv:2211.17192",
-        stage="decode",
-        families=("llm", "vlm"),
-        workloads=("needle", "prompts", "speed"),
-        owns=("decode.loop",),
-        needs=("kv.rollback",),
-        effects={"forward_passes": "down", "accepted_tokens": "up"},
-        hopes={"decode_tokens_per_s": "up"},
-        neutral={"draft": 0},
-        max_batch=1,
+        **DRAFTS,
     )
     draft_model: str = knob(
         "",

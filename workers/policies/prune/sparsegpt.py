@@ -9,7 +9,7 @@ from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.inverse_moment import BLOCK, inverse_factor, sweep
-from workers.mechanisms.pruning import PatternedPolicy, group_of, lowest, lowest_of_groups
+from workers.mechanisms.pruning import PRUNES, PatternedPolicy, group_of, lowest, lowest_of_groups
 from workers.methods import card, knob
 
 
@@ -31,12 +31,7 @@ class SparseGPT(PatternedPolicy):
         id="sparsegpt",
         title="SparseGPT",
         paper="arXiv:2301.00774",
-        stage="prune",
-        families=("llm", "vlm", "diffusion", "vit"),
-        edits=("weights.mask",),
-        effects={"weight_bytes": "same", "zero_weights": "up"},
-        neutral={"sparsity": 0.0, "pattern": "unstructured"},
-        alters_weights=True,
+        **PRUNES,
     )
     damp: float = knob(
         0.01, ge=0.0001, le=1.0, help="share of the mean input power added to every input's; higher = losses are passed on less"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from studio_state.catalog import Card
-from workers.mechanisms.pruning import PatternedPolicy
+from workers.mechanisms.pruning import PRUNES, PatternedPolicy
 from workers.methods import card
 
 
@@ -28,12 +28,7 @@ class Wanda(PatternedPolicy):
         id="wanda",
         title="Wanda",
         paper="arXiv:2306.11695",
-        stage="prune",
-        families=("llm", "vlm", "diffusion", "vit"),
-        edits=("weights.mask",),
-        effects={"weight_bytes": "same", "zero_weights": "up"},
-        neutral={"sparsity": 0.0, "pattern": "unstructured"},
-        alters_weights=True,
+        **PRUNES,
     )
 
     def pruned(self, weight: Tensor, moment: Tensor | None) -> Tensor:

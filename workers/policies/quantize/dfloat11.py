@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -44,20 +43,6 @@ class DFloat11(WeightPolicy):
     head: bool = knob(
         True, help="code the output head too, and the embedding tied to it; off = larger, less to decode at every step"
     )
-
-    def prepare(self, session: Session) -> None:
-        """Code all weights.
-
-        Raises:
-            SpecError: a float16 model.
-        """
-        self.check(session)
-        super().prepare(session)
-
-    def attach(self, session: Session) -> AbstractContextManager[Any]:
-        """Put the coded maps in."""
-        self.check(session)
-        return super().attach(session)
 
     def check(self, session: Session) -> None:
         """Only formats with 8 bits of exponent can be coded.

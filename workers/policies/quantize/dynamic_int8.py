@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -42,20 +41,6 @@ class DynamicInt8(WeightPolicy):
         help="what shares an activation scale: each token its own (more exact), or all tokens of a forward (as PyTorch does)",
     )
     head: bool = knob(True, help="quantize the output head too; off = slower, its scores stay exact")
-
-    def prepare(self, session: Session) -> None:
-        """Pack all weights.
-
-        Raises:
-            SpecError: not float32, or not on a CPU.
-        """
-        self.check(session)
-        super().prepare(session)
-
-    def attach(self, session: Session) -> AbstractContextManager[Any]:
-        """Put the quantized modules in."""
-        self.check(session)
-        return super().attach(session)
 
     def check(self, session: Session) -> None:
         """The operators know one number format and one kind of device.

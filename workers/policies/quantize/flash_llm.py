@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -56,20 +55,6 @@ class FlashLLM(WeightPolicy):
         "unpack",
         help="set the matrix up, then a dense product; or tile by tile in a GPU kernel for up to 64 rows of 16-bit numbers",
     )
-
-    def prepare(self, session: Session) -> None:
-        """Build all lists.
-
-        Raises:
-            SpecError: the kernel is asked for where it cannot run.
-        """
-        self.check(session)
-        super().prepare(session)
-
-    def attach(self, session: Session) -> AbstractContextManager[Any]:
-        """Put the sparse maps in."""
-        self.check(session)
-        return super().attach(session)
 
     def check(self, session: Session) -> None:
         """Whether the product asked for can run.

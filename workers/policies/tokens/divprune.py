@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from studio_state.catalog import Card
-from workers.mechanisms.visual_tokens import Selection, Visual, selecting
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -26,12 +26,7 @@ class DivPrune(Policy):
         id="divprune",
         title="DivPrune",
         paper="arXiv:2503.02175",
-        stage="tokens",
-        families=("vlm",),
-        owns=("tokens.visual",),
-        effects={"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
-        hopes={"ttft_s": "down"},
-        neutral={"keep": 1.0},
+        **CHOOSES_IMAGE_TOKENS,
     )
     keep: float = knob(
         0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"

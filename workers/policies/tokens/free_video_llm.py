@@ -27,7 +27,7 @@ from workers.mechanisms.frame_pooling import (
     widest,
     with_neighbours,
 )
-from workers.mechanisms.visual_tokens import Selection, Visual, selecting
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -48,13 +48,8 @@ class FreeVideoLLM(Policy):
         id="free-video-llm",
         title="Free Video-LLM",
         paper="arXiv:2410.10441",
-        stage="tokens",
-        families=("vlm",),
         traits=("cls-token",),
-        owns=("tokens.visual",),
-        effects={"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
-        hopes={"ttft_s": "down"},
-        neutral={"slow": 1000, "middle": 0, "fast": 0, "keep": 1.0, "pool": 1},
+        **CHOOSES_IMAGE_TOKENS | {"neutral": {"slow": 1000, "middle": 0, "fast": 0, "keep": 1.0, "pool": 1}},
     )
     slow: int = knob(2, ge=0, le=1000, help="frames chosen by the question (3 of 50 in the paper); more = slower, sees more")
     middle: int = knob(1, ge=0, le=1000, help="frames spread evenly (5 of 50 in the paper); more = slower, sees more")

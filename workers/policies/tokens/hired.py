@@ -12,7 +12,7 @@ from torch import Tensor
 from studio_state.catalog import Card
 from workers.mechanisms.vision_attention import VisionCall
 from workers.mechanisms.vision_blocks import feature_layers
-from workers.mechanisms.visual_tokens import Selection, Visual, selecting
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -32,13 +32,8 @@ class HiRED(Policy):
         id="hired",
         title="HiRED",
         paper="arXiv:2408.10945",
-        stage="tokens",
-        families=("vlm",),
         traits=("cls-token",),
-        owns=("tokens.visual",),
-        effects={"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
-        hopes={"ttft_s": "down", "prefill_tokens_per_s": "up"},
-        neutral={"keep": 1.0},
+        **CHOOSES_IMAGE_TOKENS | {"hopes": {"ttft_s": "down", "prefill_tokens_per_s": "up"}},
     )
     keep: float = knob(
         0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from studio_state.catalog import Card
-from workers.mechanisms.visual_tokens import Selection, Visual, selecting
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -23,12 +23,7 @@ class RandomVisual(Policy):
     card: ClassVar[Card] = card(
         id="random-visual",
         title="Random image tokens",
-        stage="tokens",
-        families=("vlm",),
-        owns=("tokens.visual",),
-        effects={"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
-        hopes={"ttft_s": "down"},
-        neutral={"keep": 1.0},
+        **CHOOSES_IMAGE_TOKENS,
     )
     keep: float = knob(
         0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"

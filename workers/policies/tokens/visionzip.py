@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from studio_state.catalog import Card
 from workers.mechanisms.vision_attention import VisionCall
 from workers.mechanisms.vision_blocks import feature_layers
-from workers.mechanisms.visual_tokens import Selection, Visual, selecting
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
 from workers.methods import Policy, card, knob
 from workers.session import Session
 
@@ -31,13 +31,8 @@ class VisionZip(Policy):
         id="visionzip",
         title="VisionZip",
         paper="arXiv:2412.04467",
-        stage="tokens",
-        families=("vlm",),
         traits=("cls-token",),
-        owns=("tokens.visual",),
-        effects={"visual_tokens": "down", "prefill_kv_bytes": "down", "kept_prompt_tokens": "down"},
-        hopes={"ttft_s": "down"},
-        neutral={"keep": 1.0},
+        **CHOOSES_IMAGE_TOKENS,
     )
     keep: float = knob(
         0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
