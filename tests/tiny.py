@@ -110,6 +110,19 @@ def gemma3_folder(name: str = "gemma3", **changes: Any) -> Path:
     return _folder(name, config, changes)
 
 
+def gemma2_folder(name: str = "gemma2", **changes: Any) -> Path:
+    """Gemma 2: a layer with a window of 16, then a full one; logits of the attention are capped, here as low as 1."""
+
+    def config(ids: dict[str, int]) -> Any:
+        from transformers import Gemma2Config
+
+        shape = {**LLAMA_SHAPE, "sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0}
+        shape |= {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "tie_word_embeddings": False}
+        return Gemma2Config(**{**shape, **changes}, **ids)
+
+    return _folder(name, config, changes)
+
+
 def moe_folder(kind: str = "mixtral", **changes: Any) -> Path:
     """A mixture of 8 experts in every layer, of the Llama's shape otherwise; tokens visit 2 of them.
 

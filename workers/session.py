@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,10 @@ class Session:
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
+
+    def remembering(self, queries: int, on: bool = False) -> AbstractContextManager[None]:
+        """Have every layer remember at least so many newest queries, while answering too where ``on``."""
+        return self.having(retain_queries=max(self.retain_queries, queries), retain_on=self.retain_on or on)
 
     @contextmanager
     def rerouted(self, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:

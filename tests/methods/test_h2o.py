@@ -10,7 +10,8 @@ import torch
 
 from tests import tiny
 from tests.methods.driving import library_model, make_session, prefill, prompt
-from workers.policies.kv.h2o import H2O, SUMS
+from workers.mechanisms.gathered_attention import SUMS
+from workers.policies.kv.h2o import H2O
 from workers.session import Session
 
 

@@ -101,6 +101,7 @@ class AttentionCall:
     Attributes:
         query: [B, Hq, T, D] after rotary embedding.
         cache: the layer's memory, the new entries included.
+        softcap: tanh cap of the logits; None = there is none.
     """
 
     layer: int
@@ -151,10 +152,15 @@ class AttentionCall:
         t = self.query.shape[2]
         behind = 0 if first is None else t - first - w  # entries newer than the last of these queries
         logits = (query.reshape(b, h, hq // h * w, d).float() @ keys.float().transpose(2, 3)) * self.scaling
-        logits = logits.view(b, h, hq // h, w, s)
+        logits = capped(logits, self.softcap).view(b, h, hq // h, w, s)
         positions = self.newest_positions(w) if first is None else self.forward.positions_at(self.layer)[:, first : first + w]
         mask = visible(held, positions, w, self.window, s, query.device, behind)
         return logits.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).reshape(b, hq, w, s)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits of the attention where the model lets none go far beyond ``softcap`` (Gemma 2); None = as they are."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def visible(held: Held, positions: Tensor, t: int, window: int | None, s: int, device: torch.device, behind: int = 0) -> Tensor:
@@ -253,9 +259,7 @@ def _attention(
     mask = None if unmasked else _mask(forward, held, positions, t, s, window, hq // h, query.device)
     if forward.kernel == "sdpa" and softcap is None:
         return F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling).view(b, hq, t, -1)
-    logits = (packed @ keys.transpose(2, 3)) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = capped((packed @ keys.transpose(2, 3)) * scaling, softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)

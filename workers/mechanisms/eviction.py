@@ -205,6 +205,12 @@ def guarding(scores: Tensor, held: Held, guarded: Guarded, rows: int) -> Tensor:
     return scores
 
 
+def newness(call: AttentionCall) -> Tensor:
+    """How new each stored entry is, the newest most: [B, S] float32."""
+    s = call.held.keys.shape[2]
+    return torch.arange(s, device=call.query.device, dtype=torch.float32).expand(len(call.query), s)
+
+
 def per_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads of each KV head: [B, Hq, ...] -> [B, H, ...]."""
     b, hq = x.shape[:2]

@@ -157,10 +157,14 @@ class QueryEvictor(Evictor):
 
     @contextmanager
     def _evicting(self, session: Session) -> Iterator[None]:
-        remembers = {"retain_queries": max(session.retain_queries, self.window), "retain_on": self.when != "prefill"}
-        with session.having(**remembers), super()._evicting(session):
+        with session.remembering(self.window, on=self.when != "prefill"), super()._evicting(session):
             yield
 
     def guarded(self, call: AttentionCall) -> Guarded:
         """The window that votes."""
-        return Guarded(recent=min(call.newest_queries(self.window).shape[2], call.held.keys.shape[2]))
+        return voters(call, self.window)
+
+
+def voters(call: AttentionCall, window: int) -> Guarded:
+    """The entries of the newest ``window`` queries, which vote and stay."""
+    return Guarded(recent=min(call.newest_queries(window).shape[2], call.held.keys.shape[2]))

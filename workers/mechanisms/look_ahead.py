@@ -113,9 +113,8 @@ class LookAheadEvictor(Drafts, QueryEvictor):
                     for group in call.cache.groups:
                         group.store = group.store.heads(0, group.stop - group.start)
 
-        remembers = {"retain_queries": max(session.retain_queries, self.window), "retain_on": self.when != "prefill"}
         with (
-            session.having(**remembers),
+            session.remembering(self.window, on=self.when != "prefill"),
             evicting(session, self.card.id, choose, self.when, self.every, self.between_chunks),
             session.hooked(session.after_prefill, finish),
         ):

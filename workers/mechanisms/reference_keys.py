@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from studio_state.errors import SpecError
-from workers.mechanisms.attention import AttentionCall, visible
+from workers.mechanisms.attention import AttentionCall, capped, visible
 from workers.mechanisms.cache import PADDING, HeadGroup
 from workers.mechanisms.held import Held
 from workers.mechanisms.kv_store import FloatStore
@@ -147,9 +147,7 @@ class Part:
             sees, near = self._sight(start, some.shape[2])
             packed = some.reshape(b, h, -1, d)
             exact, older = (packed @ x.transpose(2, 3) * call.scaling for x in (keys, references))
-            logits = torch.where(near.repeat(1, 1, per_kv, 1), exact, older)
-            if call.softcap is not None:
-                logits = torch.tanh(logits / call.softcap) * call.softcap
+            logits = capped(torch.where(near.repeat(1, 1, per_kv, 1), exact, older), call.softcap)
             logits = logits.masked_fill(~sees.repeat(1, 1, per_kv, 1), float("-inf"))
             outs.append((logits.softmax(-1) @ values).view(b, hq, some.shape[2], -1))
         return torch.cat(outs, 2).to(query.dtype)

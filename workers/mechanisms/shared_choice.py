@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.cards import knob
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.eviction import FREE, Guarded, keep_best
-from workers.mechanisms.evictor import Budgeted
+from workers.mechanisms.evictor import Budgeted, voters
 from workers.session import Session
 
 
@@ -44,11 +44,11 @@ class SharedWindowChoice(SharedChoice):
 
     def remembering(self, session: Session) -> AbstractContextManager[None]:
         """Have every layer remember as many queries as vote."""
-        return session.having(retain_queries=max(session.retain_queries, self.window), retain_on=self.when != "prefill")
+        return session.remembering(self.window, on=self.when != "prefill")
 
     def guarded(self, call: AttentionCall) -> Guarded:
         """The window that votes."""
-        return Guarded(recent=min(call.newest_queries(self.window).shape[2], call.held.keys.shape[2]))
+        return voters(call, self.window)
 
 
 def best_in_all_heads(call: AttentionCall, scores: Tensor, counts: list[int], guarded: Guarded = FREE) -> Tensor | None:

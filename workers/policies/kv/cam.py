@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from studio_state.catalog import Card
@@ -14,7 +13,7 @@ from studio_state.resources import Use
 from workers.mechanisms.attention import AttentionCall
 from workers.mechanisms.cache import PADDING
 from workers.mechanisms.draws import position_draws
-from workers.mechanisms.eviction import Guarded, Kept, When, per_kv_head
+from workers.mechanisms.eviction import Guarded, Kept, When, newness, per_kv_head
 from workers.mechanisms.evictor import EVICTS
 from workers.mechanisms.gathered_attention import GatheredAttention
 from workers.mechanisms.kv_store import gather_entries
@@ -59,8 +58,7 @@ class CaM(GatheredAttention):
 
     @contextmanager
     def _evicting(self, session: Session) -> Iterator[None]:
-        remembers = {"retain_queries": max(session.retain_queries, self.window), "retain_on": self.when != "prefill"}
-        with session.having(**remembers), super()._evicting(session):
+        with session.remembering(self.window, on=self.when != "prefill"), super()._evicting(session):
             yield
 
     def add(self, call: AttentionCall) -> None:
@@ -72,8 +70,7 @@ class CaM(GatheredAttention):
         """How new each entry is, or the attention it gathered: [B, H, S]."""
         if self.choice == "attention":
             return super().scores(call)
-        b, s = len(call.query), call.held.keys.shape[2]
-        return torch.arange(s, device=call.query.device, dtype=torch.float32).expand(b, call.cache.heads, s)
+        return newness(call)[:, None].expand(-1, call.cache.heads, -1)
 
     def guarded(self, call: AttentionCall) -> Guarded:
         """What always stays by either choice."""

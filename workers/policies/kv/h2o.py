@@ -7,10 +7,8 @@ from typing import ClassVar
 from studio_state.catalog import Card
 from workers.mechanisms.eviction import When
 from workers.mechanisms.evictor import EVICTS
-from workers.mechanisms.gathered_attention import SUMS, GatheredAttention
+from workers.mechanisms.gathered_attention import GatheredAttention
 from workers.methods import card, knob
-
-__all__ = ["H2O", "SUMS"]
 
 
 class H2O(GatheredAttention):

@@ -71,8 +71,8 @@ class SimLayerKV(Policy):
                     session.did(self.card.id, dropped)
             shares.clear()
 
-        remembers = session.having(retain_queries=max(session.retain_queries, self.window))
-        with remembers, session.hooked(session.observers, look), session.hooked(session.after_prefill, cut):
+        looks, cuts = session.hooked(session.observers, look), session.hooked(session.after_prefill, cut)
+        with session.remembering(self.window), looks, cuts:
             yield
 
     def share(self, call: AttentionCall) -> Tensor:

@@ -16,7 +16,8 @@ class SnapKV(WindowVotes):
     Li et al. 2024, arXiv:2404.14469, section 3: the attention of the last ``window`` queries is
     summed per position, smoothed by pooling, and the best positions stay with the window itself.
     Deviations: votes of the query heads of one KV head are averaged (the paper's models have no
-    grouped queries), and the budget is a share of the prompt, window included.
+    grouped queries), a vote is smoothed over the neighbours that it has (the released code counts what
+    lies beyond the ends as 0), and the budget is a share of the prompt, window included.
     """
 
     card: ClassVar[Card] = card(id="snapkv", title="SnapKV", paper="arXiv:2404.14469", **EVICTS)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from studio_state.catalog import Card
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import Guarded, When, keep_best
-from workers.mechanisms.evictor import EVICTS, SAME_EVERYWHERE, Budgeted
+from workers.mechanisms.eviction import Guarded, When, newness
+from workers.mechanisms.evictor import EVICTS, SAME_EVERYWHERE
+from workers.mechanisms.shared_choice import SharedChoice
 from workers.methods import card, knob
 
 
-class StreamingLLM(Budgeted):
+class StreamingLLM(SharedChoice):
     """Keep the first tokens (attention sinks) and a sliding window of the newest; the cache never grows.
 
     Xiao et al. 2023, arXiv:2309.17453, section 3: without the first few positions, on which every head
@@ -36,8 +36,10 @@ class StreamingLLM(Budgeted):
     )
     sinks: int = knob(4, ge=0, le=256, help="first positions that always stay; 0 shows why they are needed")
 
-    def choose(self, call: AttentionCall) -> Tensor | None:
-        """Entries to keep [B, H, n] of one layer: newer is better, sinks are best."""
-        b, heads, s = call.query.shape[0], call.cache.heads, call.held.keys.shape[2]
-        age = torch.arange(s, device=call.query.device, dtype=torch.float32).expand(b, heads, s)
-        return keep_best(call, age, self.counts(call, Guarded(recent=1, sinks=self.sinks)), sinks=self.sinks)
+    def scores(self, call: AttentionCall) -> Tensor:
+        """How new each entry is [B, S]."""
+        return newness(call)
+
+    def guarded(self, call: AttentionCall) -> Guarded:
+        """The sinks and the newest entry."""
+        return Guarded(recent=1, sinks=self.sinks)

@@ -61,8 +61,8 @@ class ThinK(Policy):
                     session.did(self.card.id, max(0, group.store.length - self.window))
             looked.clear()
 
-        remembering = session.having(retain_queries=max(session.retain_queries, self.window))
-        with remembering, session.hooked(session.observers, look), session.hooked(session.storage, prune):
+        looks, prunes = session.hooked(session.observers, look), session.hooked(session.storage, prune)
+        with session.remembering(self.window), looks, prunes:
             yield
 
     def query_norms(self, call: AttentionCall) -> Tensor:

@@ -21,8 +21,8 @@ class FastV(Policy):
     """Behind an early layer of the language model, let only the image tokens go on that the last token attends to.
 
     Chen et al. 2024, arXiv:2403.06764, section 4: after layer K the image tokens with the least attention leave, by
-    the attention of the prompt's last token in that layer, mean over heads. Tokens keep their positions; the first
-    K layers keep all keys and values.
+    the attention of the prompt's last token in that layer, mean over heads, as in the released code (the paper's text
+    takes the mean over all tokens). Tokens keep their positions; the first K layers keep all keys and values.
     """
 
     card: ClassVar[Card] = card(
