@@ -18,12 +18,13 @@ def sampled(cases: Iterable[Any], every: int, always: Callable[[Any], bool] = la
         always: cases that are never slow.
     """
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if always(case) or _chosen(case, every) else SLOW)
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if always(case) or chosen(case, every) else SLOW)
         for case in cases
     ]
 
 
-def _chosen(case: Any, every: int) -> bool:
+def chosen(case: Any, every: int) -> bool:
+    """Whether it is one of those that run always."""
     return crc32(repr(case).encode()) % every == 0
 
 
