@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli_calibrate import calibrate
 from app.cli_export import export_model
 from app.cli_space import space
 from app.cli_train import train
@@ -289,6 +290,7 @@ def zoo_fetch(model: Annotated[str, typer.Argument(help="Id of the model; see `z
 
 cli.command()(train)
 cli.command("export-model")(export_model)
+cli.command()(calibrate)
 cli.command()(space)
 
 

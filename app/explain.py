@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from studio_state.catalog import Catalog
+from studio_state.costs import Device
 from studio_state.events import Analysis, Event
 from studio_state.pipeline import Pipeline
-from studio_state.speed_story import stories
+from studio_state.speed_story import ROOFLINE, stories
 
 PHASES = {"decode": "a decode step", "prefill": "the prompt", "pass": "a pass"}
 
@@ -26,4 +27,5 @@ def explained(report: dict[str, Any], events: Sequence[Event]) -> list[str]:
         steps = Pipeline.model_validate(spec["lanes"][lane]).steps
         told = stories(found.get(reference, {}), found[lane], [(cards[s.policy], s.knobs) for s in steps if s.policy in cards])
         lines += [f"lane {lane}, {PHASES[s.phase]}: {said}" for s in told for said in s.sentences()]
-    return lines
+    limits = found.get(reference, {}).get(ROOFLINE, {}).get("device")
+    return [*lines, f"The roofline is {(d := Device.model_validate(limits)).name}'s, {d.origin}."] if lines and limits else lines

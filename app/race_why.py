@@ -6,16 +6,18 @@ from functools import cache
 from typing import Any
 
 from app.components.lanes import lane_colour, lane_letter, lane_mark
-from app.components.numbers import digits, ratio_text, seconds_quantity
+from app.components.numbers import NO_VALUE, digits, ratio_text, seconds_quantity
 from app.race import Race
 from app.race_names import name_of
 from studio_state.catalog import Card, Catalog
-from studio_state.costs import Device
+from studio_state.costs import Device, Group, Work, total
+from studio_state.devices import published
 from studio_state.speed_story import DISSECTION, KINDS, MAPS, ROOFLINE, Story, stories
 
 Section = dict[str, Any]
+Point = tuple[int, Group, list[Work], float]  # lane, part, its operations, measured seconds
 PHASES = {"decode": "One decode step", "prefill": "Reading the prompt", "pass": "One pass"}
-PARTS = {"maps": MAPS, "attention": ("attention",)}  # group of the roofline -> measured kinds
+PARTS: dict[Group, tuple[str, ...]] = {"maps": MAPS, "attention": ("attention",)}  # group of the roofline -> measured kinds
 
 
 @cache
@@ -73,7 +75,10 @@ def _lane(race: Race, lane: int, story: Story, is_reference: bool) -> Section:
 
 
 def _roofline(race: Race, phase: str) -> Section | None:
-    """Operations a byte and operations a second, measured, of maps and attention; the device's two limits."""
+    """Operations a byte of maps and attention under the limits of the device that ran, and of those that makers publish.
+
+    What ran is measured. Of another device there is only what its limits allow, for the same operations and bytes.
+    """
     points, device, dtype = [], None, ""
     for lane in sorted(race.analyses):
         data = race.analyses[lane]
@@ -83,47 +88,64 @@ def _roofline(race: Race, phase: str) -> Section | None:
             continue
         device, dtype = Device.model_validate(data[ROOFLINE]["device"]), data[ROOFLINE]["dtype"]
         for group, measured in PARTS.items():
-            some = [o for o in roof["operations"] if o["group"] == group]
-            flops, moved = sum(o["flops"] for o in some), sum(o["bytes"] for o in some)
+            works = [
+                Work.model_validate({k: o[k] for k in Work.model_fields if k in o})
+                for o in roof["operations"]
+                if o["group"] == group
+            ]
             seconds = sum(kinds.get(k, 0.0) for k in measured)
-            if flops > 0 and moved > 0 and seconds > 0:
-                points.append(
-                    {
-                        "lane": lane,
-                        "name": name_of(race, lane),
-                        "mark": lane_mark(lane),
-                        "letter": lane_letter(lane),
-                        "colour": lane_colour(lane),
-                        "group": "linear maps" if group == "maps" else group,
-                        "x": flops / moved,
-                        "y": flops / seconds,
-                        "text": f"{name_of(race, lane)}, {'linear maps' if group == 'maps' else group}: {digits(flops / moved)} operations a byte, "
-                        f"{digits(flops / seconds / 1e9)} billion operations a second",
-                    }
-                )
+            if sum(w.flops for w in works) > 0 and sum(w.bytes for w in works) > 0 and seconds > 0:
+                points.append((lane, group, works, seconds))
     if device is None or not points:
         return None
-    ridge = device.ridge(dtype)
+    here = {"id": "", "title": f"{device.name}, this one", **_under(race, points, device, dtype, True)}
+    others = [{"id": i, "title": d.name, **_under(race, points, d, dtype, False)} for i, d in published().items()]
+    return {"devices": [here, *others]}
+
+
+def _under(race: Race, points: list[Point], device: Device, dtype: str, ran: bool) -> Section:
+    """The points under one device's limits."""
+    shown, rows = [], []
+    for lane, group, works, seconds in points:
+        name, part = name_of(race, lane), "linear maps" if group == "maps" else group
+        work = total(works, group, group)
+        least = sum(w.seconds(device, dtype) for w in works)
+        speed, (text, unit) = work.flops / (seconds if ran else least), seconds_quantity(least)
+        shown.append(
+            {
+                "lane": lane,
+                "name": name,
+                "mark": lane_mark(lane),
+                "letter": lane_letter(lane),
+                "colour": lane_colour(lane),
+                "group": part,
+                "x": work.intensity,
+                "y": speed,
+                "text": f"{name}, {part}: {digits(work.intensity)} operations a byte, "
+                f"{'' if ran else 'at most '}{digits(speed / 1e9)} billion operations a second",
+            }
+        )
+        limit = min(device.best(dtype), work.intensity * device.bandwidth)
+        rows.append(
+            [name, part, digits(work.intensity), digits(speed / 1e9) if ran else NO_VALUE, digits(limit / 1e9), f"{text} {unit}"]
+        )
     return {
-        "points": points,
+        "points": shown,
         "bandwidth": device.bandwidth,
         "peak": device.best(dtype),
-        "ridge": ridge,
+        "ridge": device.ridge(dtype),
         "summary": (
-            f"{device.name}: {digits(device.bandwidth / 1e9)} GB/s and {digits(device.best(dtype) / 1e9)} billion {dtype} operations a second, "
-            f"{device.source}; left of {digits(ridge)} operations a byte memory is the limit. Activations between operations count as memory traffic."
+            f"{device.name}: {digits(device.bandwidth / 1e9)} GB/s and {digits(device.best(dtype) / 1e9)} billion {_format(device, dtype)} operations "
+            f"a second, {device.origin}; left of {digits(device.ridge(dtype))} operations a byte memory is the limit. Activations between "
+            f"operations count as memory traffic.{'' if ran else ' Nothing ran on it: the points are what its limits allow.'}"
         ),
         "table": {
-            "head": ["Lane", "Part", "Operations a byte", "Billion operations a second", "Limit"],
-            "rows": [
-                [
-                    p["name"],
-                    p["group"],
-                    digits(p["x"]),
-                    digits(p["y"] / 1e9),
-                    digits(min(device.best(dtype), p["x"] * device.bandwidth) / 1e9),
-                ]
-                for p in points
-            ],
+            "head": ["Lane", "Part", "Operations a byte", "Billion operations a second", "Limit", "Least time"],
+            "rows": rows,
         },
     }
+
+
+def _format(device: Device, dtype: str) -> str:
+    """The number format whose peak counts: of one that is not published, the fastest floats that are."""
+    return dtype if dtype in device.peak else next(k for k, v in device.peak.items() if v == device.best(dtype))

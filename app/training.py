@@ -1,4 +1,4 @@
-"""Following a training or an export in its worker process: how far it is on stderr, Ctrl-C handed on, the record at the end."""
+"""Following a training, an export or a calibration in its worker process: how far it is on stderr, Ctrl-C handed on, the record at the end."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ from studio_state.errors import WorkerLost
 from studio_state.events import TERMINAL, Cancelled, Event, Note, Phase, decode
 
 RECORD = "training.json"
+Operation = Literal["train", "export", "calibrate"]
+_WORDS: dict[Operation, tuple[str, str]] = {
+    "train": ("training", "; the state kept last is there"),
+    "export": ("export", "; nothing was written"),
+    "calibrate": ("calibration", "; nothing was kept"),
+}
 LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
-def follow(request: dict[str, Any], title: str, errors: Console, operation: Literal["train", "export"] = "train") -> Event:
+def follow(request: dict[str, Any], title: str, errors: Console, operation: Operation = "train") -> Event:
     """Start the worker and show what it says; returns its last word.
 
     Its session is its own, so that Ctrl-C reaches only this process, which then closes the worker's standard input.
@@ -34,9 +40,7 @@ def follow(request: dict[str, Any], title: str, errors: Console, operation: Lite
         WorkerLost: it ended without one.
     """
     command = [sys.executable, "-P", "-m", "workers", operation, json.dumps(request)]
-    what, keeps = {"train": ("training", "; the state kept last is there"), "export": ("export", "; nothing was written")}[
-        operation
-    ]
+    what, keeps = _WORDS[operation]
     pipe, last = subprocess.PIPE, None
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
@@ -46,7 +50,7 @@ def follow(request: dict[str, Any], title: str, errors: Console, operation: Lite
         ) as process,
     ):
         if process.stdin is None or process.stdout is None:
-            raise WorkerLost("the training process was started without pipes")
+            raise WorkerLost(f"the process of the {what} was started without pipes")
 
         def stop(pressed: int) -> None:
             if pressed > 1:

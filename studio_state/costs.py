@@ -27,18 +27,33 @@ class Device(BaseModel):
         peak: operations a second (a multiply-add counts as two), by number format.
         source: ``measured`` on this machine, or ``published`` by its maker.
         threads: CPU threads that the measurement used; None elsewhere.
+        calibrated: day of a calibration (``2026-01-31``); empty where it was only measured in passing.
+        reference: what a published profile is taken from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     bandwidth: float = Field(gt=0)
-    peak: dict[str, float]
+    peak: dict[str, float] = Field(min_length=1)
     source: Literal["measured", "published"] = "published"
     threads: int | None = None
+    calibrated: str = ""
+    reference: str = ""
 
     def best(self, dtype: str) -> float:
-        """Peak of a number format; of one that is not listed, the highest that is."""
-        return self.peak.get(dtype, max(self.peak.values()))
+        """Peak of a number format; of one that is not listed the highest that is, integers aside."""
+        floats = [v for k, v in self.peak.items() if not k.startswith("int")]
+        return self.peak.get(dtype, max(floats or self.peak.values()))
+
+    @property
+    def origin(self) -> str:
+        """Where the numbers come from, in words."""
+        if self.source == "published":
+            return f"published ({self.reference})" if self.reference else "published"
+        threads = f" on {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        if self.calibrated:
+            return f"calibrated here on {self.calibrated}{threads}"
+        return f"measured here in passing{threads}; `pareto-studio calibrate` measures longer"
 
     def ridge(self, dtype: str) -> float:
         """Operations a byte at which both limits are reached together."""

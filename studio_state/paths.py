@@ -6,6 +6,7 @@
     <data>/journal.jsonl              the truth: what a person did afterwards
     <data>/studio.duckdb              an index of both; may be deleted, it is rebuilt
     <data>/artifacts/ab/abcd...       images, masks, checkpoints by sha256
+    <data>/devices/                   what calibrations measured
     <data>/locks/                     lock files of the studio and of devices
     <cache>/                          models; may be deleted, they are fetched again
 """

@@ -1,4 +1,4 @@
-"""The worker process: ``python -m workers describe | run | serve | fetch | train | export``.
+"""The worker process: ``python -m workers describe | run | serve | fetch | train | export | calibrate``.
 
 Events go out as JSON lines on the real stdout, which is duplicated first; file descriptor 1 then
 points at stderr, so no library's print can corrupt the stream.
@@ -80,6 +80,15 @@ def export(request: str = typer.Argument(help="what to export, as JSON; see work
     from workers.export_model import export_once
 
     raise typer.Exit(export_once(request, out, stdin=0))
+
+
+@app.command()
+def calibrate(request: str = typer.Argument(help="which device, as JSON; see workers/calibrate.py")) -> None:
+    """Measure what a device can do at best and keep it, telling progress as JSON lines; stops when standard input is closed."""
+    out = event_stream()
+    from workers.calibrate import calibrate_once
+
+    raise typer.Exit(calibrate_once(request, out, stdin=0))
 
 
 if __name__ == "__main__":

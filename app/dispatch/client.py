@@ -17,6 +17,7 @@ import app
 from app.dispatch.worker_log import WorkerLog
 from studio_state.errors import WorkerLost
 from studio_state.events import Event, Failed, Hello, Note, decode
+from studio_state.paths import DATA_VARIABLE
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 MAX_FOREIGN_NOTES = 20
@@ -28,11 +29,15 @@ def worker_command(device: str) -> list[str]:
     return [sys.executable, "-P", "-m", "workers", "serve", "--device", device]
 
 
-def worker_environment() -> dict[str, str]:
-    """This process' environment, with the folder that this package lies in on the path."""
+def worker_environment(data: Path | None = None) -> dict[str, str]:
+    """This process' environment, with the folder that this package lies in on the path.
+
+    Args:
+        data: the data directory, where the worker finds what was calibrated; None = as this process has it.
+    """
     root = str(Path(app.__file__).resolve().parent.parent)
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **({DATA_VARIABLE: str(data)} if data else {})}
 
 
 class WorkerClient:
@@ -46,6 +51,7 @@ class WorkerClient:
         worker_log: where its stderr goes.
         on_event: called on the reading thread with this client and every event but ``hello``.
         on_exit: called once, after the last event, with this client.
+        data: the data directory.
 
     Attributes:
         hello: what the worker said of itself; ``greeted`` is set when it is there.
@@ -62,6 +68,7 @@ class WorkerClient:
         worker_log: WorkerLog,
         on_event: Callable[[WorkerClient, Event], None],
         on_exit: Callable[[WorkerClient], None],
+        data: Path | None = None,
     ):
         self.log = worker_log
         self.hello: Hello | None = None
@@ -74,7 +81,7 @@ class WorkerClient:
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
-                list(command), stdin=pipe, stdout=pipe, stderr=pipe, env=worker_environment(), start_new_session=True
+                list(command), stdin=pipe, stdout=pipe, stderr=pipe, env=worker_environment(data), start_new_session=True
             )
         except OSError as e:
             raise WorkerLost(f"the worker cannot be started ({e.strerror or e}): {' '.join(command)}") from e

@@ -46,7 +46,7 @@ class LocalDispatch:
         self._bus = Bus(data)
         self._jobs: dict[str, Job] = {}
         self._guard = threading.Lock()
-        self._runners = {d: DeviceRunner(d, data.root / "logs", self._settings) for d in self.devices}
+        self._runners = {d: DeviceRunner(d, data.root, self._settings) for d in self.devices}
 
     def submit(self, spec: ExperimentSpec, owner: str = "", origin: str = "studio") -> str:
         """Accept an experiment; see the protocol."""

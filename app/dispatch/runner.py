@@ -55,16 +55,16 @@ class DeviceRunner:
     """Owns the queue, the lock and the worker process of one device.
 
     Args:
-        logs: folder for the worker's log.
+        data: the data directory; the worker's log goes to a folder in it.
     """
 
-    def __init__(self, device: str, logs: Path, settings: Settings):
-        self.device, self.settings = device, settings
+    def __init__(self, device: str, data: Path, settings: Settings):
+        self.device, self.settings, self._data = device, settings, data
         self.jobs: FairQueue[Job] = FairQueue(settings.waiting, settings.waiting_each)
         self.lock = DeviceLock(device)
         self.current: Job | None = None
         self._state = "idle"
-        self._log = WorkerLog(logs / f"worker-{device.replace(':', '-')}.log")
+        self._log = WorkerLog(data / "logs" / f"worker-{device.replace(':', '-')}.log")
         self._client: WorkerClient | None = None
         self._client_guard = threading.Lock()
         self._requests: dict[str, tuple[WorkerClient, Future[Event]]] = {}
@@ -107,7 +107,8 @@ class DeviceRunner:
         """
         with self._client_guard:
             if self._client is None or not self._client.alive:
-                self._client = WorkerClient(self.settings.command(self.device), self._log, self._on_event, self._on_exit)
+                command = self.settings.command(self.device)
+                self._client = WorkerClient(command, self._log, self._on_event, self._on_exit, self._data)
             return self._client
 
     def request(self, name: str, **message: object) -> Future[Event]:

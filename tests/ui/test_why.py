@@ -58,7 +58,21 @@ def test_the_roofline_in_words_and_in_a_table_by_keyboard(page: Page, url: str) 
     summary.focus()
     page.keyboard.press("Enter")
     row = page.locator("[data-why='decode-roof'] tbody tr").first
-    expect(row).to_have_text(re.compile("linear maps\\s*0.250\\s*1.25\\s*2.50"))
+    expect(row).to_have_text(re.compile("linear maps\\s*0.250\\s*1.25\\s*2.50\\s*4.00 ms"))
+
+
+def test_the_limits_of_a_published_device_by_keyboard(page: Page, url: str) -> None:
+    watch(page, url, EXPLAINED)
+    choice = page.get_by_label("Limits of")
+    expect(choice.locator("option").first).to_have_text("A machine, this one")
+    said = page.locator(".lw-roofline .lr-summary")
+    expect(said).to_contain_text("measured here in passing on 2 threads; `pareto-studio calibrate` measures longer")
+    choice.select_option("t4")
+    expect(said).to_contain_text("NVIDIA T4: 320 GB/s and 8,100 billion float32 operations a second, published (NVIDIA T4")
+    expect(said).to_contain_text("Nothing ran on it")
+    expect(choice).to_be_focused()
+    row = page.locator("[data-why='decode-roof'] tbody tr").first
+    expect(row).to_have_text(re.compile("linear maps\\s*0.250\\s*–\\s*80.0\\s*125 µs"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from app.explain import explained
 from studio_state.catalog import Catalog
 from studio_state.costs import Device, Work, amdahl, predicted_gain, total
+from studio_state.events import Analysis
 from studio_state.speed_story import KINDS, reached, stories
 
 CARDS = Catalog.load().by_id
@@ -64,3 +66,22 @@ def test_the_story_by_hand() -> None:
         "12 % of its step goes in Python and launching.",
     ]
     assert stories({}, lane, []) == []
+
+
+def test_the_terminal_says_whose_roofline_it_is() -> None:
+    found = {**SLOW.model_dump(mode="json"), "source": "measured", "threads": 2, "calibrated": "2026-01-31"}
+    work = {"name": "maps", "group": "maps", "flops": 1.0, "bytes": 40e6}
+    timed = {"seconds": 0.01, "kinds": {**dict.fromkeys(KINDS, 0.0), "products": 0.01}, "steps": 8}
+    events = [
+        Analysis(lane=lane, analyzer=name, data=data)
+        for lane in (0, 1)
+        for name, data in (
+            ("runtime-dissection", {"phases": {"decode": timed}}),
+            ("llm-viewer", {"phases": {"decode": {"operations": [work], "seconds": {"maps": 4e-3}}}, "device": found}),
+        )
+    ]
+    spec = {"reference": 0, "lanes": [{}, {"steps": [{"policy": "rtn", "knobs": {"bits": 4}}]}]}
+    lines = explained({"experiment": {"spec": spec}}, events)
+    assert lines[0].startswith("lane 1, a decode step: Round-to-nearest can")
+    assert lines[-1] == "The roofline is hand's, calibrated here on 2026-01-31 on 2 threads."
+    assert explained({"experiment": {"spec": spec}}, []) == []
