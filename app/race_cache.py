@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def _lane(race: Race, item: Item, lane: int) -> Section:
         "colour": lane_colour(lane),
         "heads": told.heads,
         "frames": [f.model_dump() | {"when": when(f), "needle": needle(told, f)} for f in told.frames],
-        "summary": summary(told, None if stream is None or stream.outcome is None else stream.outcome.correct),
+        "summary": summary(told, item.pieces, None if stream is None or stream.outcome is None else stream.outcome.correct),
     }
 
 
@@ -75,8 +76,12 @@ def needle(told: CacheMap, frame: CacheFrame) -> Section | None:
     return {"text": f"{'Needle lost' if gone else 'Needle'} {when(frame)}: {text}.", "lost": bool(gone), "words": text}
 
 
-def summary(told: CacheMap, correct: bool | None) -> str:
-    """What is left at the end, and what became of the needle."""
+def summary(told: CacheMap, pieces: Sequence[str], correct: bool | None) -> str:
+    """What is left at the end, which needle there was, and what became of it.
+
+    Args:
+        pieces: texts of the prompt's tokens; empty where they are not known.
+    """
     last = told.frames[-1]
     held = bits(last, sum(told.heads))
     text = f"{when(last)[:1].upper()}{when(last)[1:]} the heads hold {100 * held.mean():.0f} % of {last.positions:,} positions"
@@ -87,7 +92,8 @@ def summary(told: CacheMap, correct: bool | None) -> str:
     if end is None:
         return text
     first, stop = told.marked
-    text += f" The needle is tokens {first + 1:,} to {stop:,}: {end['words']}"
+    named = "".join(pieces[first:stop]).strip()
+    text += f" The needle{f', “{named}”,' if named else ''} is tokens {first + 1:,} to {stop:,}: {end['words']}"
     if end["lost"] and len(at) > 1:
         text += f", first {next(when(f) for f, n in zip(told.frames, at, strict=True) if n and n['lost'])}"
     return text + ("." if correct is None else f"; the answer is {'right' if correct else 'wrong'}.")

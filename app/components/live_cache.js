@@ -109,7 +109,7 @@
     watchTheme();
     const ticks = lane.heads.map((n, layer) => layer).filter((layer) => layer % Math.ceil(lane.heads.length / TICKS) === 0);
     const axis = el('div', { class: 'lc-layers', 'aria-hidden': 'true' }, ticks.map((layer) => el('span', { style: `top:${100 * top(Math.max(0, rows.findIndex((r) => r.layer === layer))) / canvas.height}%` }, String(layer + 1))));
-    const key = ['a row is a head, layers from the top down', 'a column a position', 'coloured: held', total > WIDEST && 'paler: in part, where positions share a pixel', total > prompt && 'dotted line: the answer begins', data.marked.length && 'frame: the needle, broken where some of it is lost'];
+    const key = ['a row is a head, layers from the top down, numbered on the left', 'a column a position', 'coloured: held', total > WIDEST && 'paler: in part, where positions share a pixel', total > prompt && 'dotted line: the answer begins', data.marked.length && 'frame: the needle, broken where some of it is lost'];
     return el('figure', { class: 'lr-chart', style: `--lane:${lane.colour}` },
       el('figcaption', {}, el('h3', {}, `Cache under the microscope, ${data.place}`), el('p', { class: 'lr-summary' }, lane.summary)), tabs,
       slider ? el('div', { class: 'lc-moment' }, el('span', { 'aria-hidden': 'true' }, 'moment'), slider, moment) : '',

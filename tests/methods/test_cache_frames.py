@@ -45,7 +45,7 @@ def test_the_summary_says_what_became_of_the_needle() -> None:
         lane=1, item="i", heads=[1, 1], frames=[CacheFrame(after=8, positions=4, held=packed)], marked=[1, 3], image=[]
     )
     assert (bits(told.frames[0], 2) == held).all()
-    assert summary(told, False) == (
-        "After 8 new tokens the heads hold 62 % of 4 positions; 1 of them no head holds any more. The needle is tokens 2 to 3: "
-        "0 of 2 heads hold all of it, 1 of its 2 tokens is gone from every head; the answer is wrong."
-    )
+    before = "After 8 new tokens the heads hold 62 % of 4 positions; 1 of them no head holds any more. "
+    after = "tokens 2 to 3: 0 of 2 heads hold all of it, 1 of its 2 tokens is gone from every head; the answer is wrong."
+    assert summary(told, [], False) == f"{before}The needle is {after}"  # its words are not known
+    assert summary(told, ["Is", " it", " 47", "?"], False) == f"{before}The needle, “it 47”, is {after}"

@@ -107,7 +107,7 @@ def test_every_row_and_column_is_as_recorded_at_every_moment(page: Page, url: st
 def test_the_needle_is_marked_and_said_when_lost(page: Page, url: str) -> None:
     watch(page, url, NEEDLE)
     expect(scope(page).locator(".lr-summary")).to_contain_text(
-        "The needle is tokens 9 to 10: 0 of 5 heads hold all of it, 2 of its 2 tokens are gone from every head, "
+        "The needle, “47 11”, is tokens 9 to 10: 0 of 5 heads hold all of it, 2 of its 2 tokens are gone from every head, "
         "first after 4 new tokens; the answer is wrong."
     )
     mark = scope(page).locator(".lc-marked")
