@@ -18,6 +18,7 @@ from workers.families.batches import State
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.drafting import DraftModel
+from workers.mechanisms.eviction import most_attention
 from workers.mechanisms.linear import held_bytes
 from workers.mechanisms.look_ahead import Waiting, best_votes
 from workers.mechanisms.weight_policy import weight_metrics
@@ -130,10 +131,11 @@ def test_what_follows_the_end_of_a_text_has_no_vote() -> None:
     for eos, expected in (("stop", [[True, True, False, False], [True] * 4]), ("ignore", [[True] * 4] * 2)):
         with ExitStack() as stack:
             assert SpecKV().draft(make_session(eos=eos), stack).counted(ids).tolist() == expected
-    call = called(torch.zeros(1, 1, 6, 4))
-    query = torch.zeros(1, 1, 2, 4)  # equal attention to all that each of two queries sees: 1/5, then 1/6
-    torch.testing.assert_close(best_votes(call, query)[0, 0], torch.tensor([0.2] * 5 + [1 / 6]))
-    torch.testing.assert_close(best_votes(call, query, torch.tensor([[False, True]]))[0, 0], torch.tensor([1 / 6] * 6))
+    call = called(torch.zeros(1, 1, 6, 4))  # equal attention to all that each query sees: 1/5 of the last but one, then 1/6
+    torch.testing.assert_close(best_votes(call, call.query[:, :, -2:])[0, 0], torch.tensor([0.2] * 5 + [1 / 6]))
+    for counted, expected in (([1, 1], [0.2] * 5 + [1 / 6]), ([0, 1], [1 / 6] * 6)):
+        voting = torch.tensor([[0] * 4 + counted]).bool()
+        torch.testing.assert_close(most_attention(call, voting, rows=4)[0, 0], torch.tensor(expected))
 
 
 def test_draft_models_count_and_must_read_the_prompt() -> None:

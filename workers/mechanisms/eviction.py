@@ -234,3 +234,20 @@ def column_sums(call: AttentionCall, rows: int = 256) -> Tensor:
         real = (positions[:, start:stop] != PADDING)[:, None, :, None]
         total += per_kv_head((probs * real).sum(2), h)
     return total
+
+
+def most_attention(call: AttentionCall, counted: Tensor, rows: int = 256) -> Tensor:
+    """The largest attention of this call's queries to each entry [B, H, S], over them and the query heads of a KV head.
+
+    In blocks of ``rows`` queries, as :func:`column_sums`.
+
+    Args:
+        counted: [B, T] False where a query has no vote.
+    """
+    b, h, s = call.held.keys.shape[:3]
+    most = torch.zeros(b, h, s, device=call.query.device)
+    for start in range(0, call.query.shape[2], rows):
+        some = call.query[:, :, start : start + rows]
+        probs = call.probabilities(some, start) * counted[:, None, start : start + rows, None]
+        most = torch.maximum(most, probs.view(b, h, -1, s).amax(2))
+    return most

@@ -23,7 +23,7 @@ from workers.families.llm import LanguageFamily
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.draft_scores import Draft, Drafts, widened
-from workers.mechanisms.eviction import evicting
+from workers.mechanisms.eviction import evicting, most_attention
 from workers.mechanisms.evictor import QueryEvictor
 from workers.session import Session
 
@@ -42,16 +42,9 @@ class Waiting(AttentionCall):
     votes: Tensor
 
 
-def best_votes(call: AttentionCall, query: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The largest attention of some newest queries to each entry [B, H, S], over them and the query heads of a KV head.
-
-    Args:
-        query: [B, Hq, w, D].
-        counted: [B, w] False where a query has no vote; None = all have one.
-    """
+def best_votes(call: AttentionCall, query: Tensor) -> Tensor:
+    """The largest attention of the newest queries [B, Hq, w, D] to each entry [B, H, S], over them and those of a KV head."""
     votes = call.probabilities(query)
-    if counted is not None:
-        votes = votes * counted[:, None, :, None]
     return votes.view(votes.shape[0], call.cache.heads, -1, votes.shape[-1]).amax(2)
 
 
@@ -137,7 +130,7 @@ def vote_ahead(session: Session, cache: StudioCache, forward: Forward, ids: Tens
         return found
 
     def vote(call: AttentionCall) -> None:
-        found[call.layer] = best_votes(call, call.query, counted[:, :count])[..., :-count]
+        found[call.layer] = most_attention(call, counted[:, :count])[..., :-count]
 
     with session.having(step_forward=None, observers=[vote], after_step=[], reading=None, retain_on=False, counts={}):
         family.step(session, state, ids)

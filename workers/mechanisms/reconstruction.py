@@ -13,18 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from studio_state.errors import WorkloadError
 from workers.families.llm import LanguageFamily
 from workers.mechanisms.attention import AttentionCall, Forward
+from workers.mechanisms.eviction import most_attention
 from workers.session import Session
 
 FIRST = "\n\nRepeat the previous context exactly."
 NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 OPEN = "\n"  # between the request and the text
 OVERLAP = 8  # tokens before a later piece that say where it starts
-ROWS = 256  # queries whose attention is held at once
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,3 @@ def _ask(session: Session, read: Forward, rows: Sequence[Sequence[int]], name: s
         seen=read.seen + count,
     )
     LanguageFamily().library_forward(session, ids, forward, last_only=True)
-
-
-def most_attention(call: AttentionCall, counted: Tensor) -> Tensor:
-    """The largest attention of this call's queries to each entry [B, H, S], over them and the query heads of a KV head.
-
-    Args:
-        counted: [B, T] False where a query has no vote.
-    """
-    b, h, s = call.held.keys.shape[:3]
-    most = torch.zeros(b, h, s, device=call.query.device)
-    for start in range(0, call.query.shape[2], ROWS):
-        some = call.query[:, :, start : start + ROWS]
-        probs = call.probabilities(some, start) * counted[:, None, start : start + ROWS, None]
-        most = torch.maximum(most, probs.view(b, h, -1, s).amax(2))
-    return most

@@ -14,9 +14,9 @@ from workers.families.batches import Batch
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import PADDING, StudioCache
 from workers.mechanisms.chunk_end import ChunkEnd
-from workers.mechanisms.eviction import Guarded, evict, evicting, layer_calls
+from workers.mechanisms.eviction import Guarded, evict, evicting, layer_calls, most_attention
 from workers.mechanisms.evictor import EVICTS, Evictor, Heads, heads_knob, safeguard_knob
-from workers.mechanisms.reconstruction import most_attention, read_again
+from workers.mechanisms.reconstruction import read_again
 from workers.methods import card, knob
 from workers.session import Session
 
