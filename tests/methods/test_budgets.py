@@ -13,7 +13,7 @@ from tests.methods.driving import attached, generate, make_session, prefill, pro
 from workers.families.batches import State
 from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import KVLayer, StudioCache
-from workers.mechanisms.eviction import Guarded, keep_best_of_all
+from workers.mechanisms.eviction import Guarded, keep_best_of_all, mixed_budgets
 from workers.mechanisms.evictor import Budgeted, Evictor
 from workers.mechanisms.layer_budgets import layer_shares
 from workers.methods import Policy, discover
@@ -118,9 +118,26 @@ def test_heads_share_a_layers_budget_as_worked_by_hand() -> None:
         return [head[0].tolist() for head in found]
 
     assert kept(0.0) == [[0, 1, 2, 3], [1, 2]]  # the six best of ten; a head always keeps one
-    assert kept(0.7) == [[0, 1, 2, 3], [1, 2]]
+    assert kept(0.3) == [[0, 1, 2, 3], [1, 2]]  # 0.7 * 4 + 0.3 * 3 = 3.7 and 2.3: the odd one goes to the larger fraction
+    assert kept(0.7) == [[0, 1, 2], [0, 1, 2]]  # 3.3 and 2.7
     assert kept(1.0) == [[0, 1, 2], [0, 1, 2]]  # equal budgets
     assert kept(0.0, recent=1) == [[0, 1, 2, 3, 4], [4]]
+    assert kept(0.5, recent=1) == [[0, 1, 2, 4], [2, 4]]  # what always stays does not count as saved
+
+
+@pytest.mark.parametrize(
+    ("ranked", "room", "safeguard", "expected"),
+    [
+        ([7, 0, 2], [9, 9, 9], 0.0, [7, 0, 2]),
+        ([7, 0, 2], [9, 9, 9], 1.0, [3, 3, 3]),
+        ([7, 0, 2], [9, 9, 9], 0.5, [5, 2, 2]),  # 5, 1.5 and 2.5: of equal fractions the first
+        ([7, 2, 0], [9, 2, 2], 0.5, [6, 2, 1]),  # 5, 2 and 1: what a short head cannot take goes to the others
+    ],
+)
+def test_a_safeguard_mixes_the_ranking_with_equal_budgets(
+    ranked: list[int], room: list[int], safeguard: float, expected: list[int]
+) -> None:
+    assert mixed_budgets(ranked, 3, room, safeguard) == expected
 
 
 def test_rows_that_keep_less_in_a_head_are_filled_with_padding() -> None:

@@ -160,7 +160,7 @@ def keep_best_of_all(
     """The best entries of a layer, whichever heads they are in: heads differ in length, the layer holds what it would.
 
     Feng et al. 2024, Ada-KV, arXiv:2407.11550, algorithm 1: the heads' budgets follow from one ranking over all of
-    them, but every head keeps at least the share ``safeguard`` of an equal budget.
+    them, mixed with equal ones by ``safeguard`` (:func:`mixed_budgets`). A head always keeps one.
 
     Args:
         scores: [B, H, S], higher = keep; comparable between heads.
@@ -176,21 +176,38 @@ def keep_best_of_all(
     if not bool((real.sum((1, 2)) > h * torch.tensor(counts, device=real.device)).any()):
         return None
     scores = guarding(scores, held, guarded, b).masked_fill(~real, float("-inf"))
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     chosen = torch.zeros_like(real)
     for row, n in enumerate(counts):
-        ranked = scores[row].clone()
-        safe = min(s, max(1, int(safeguard * n)))
-        ranked.scatter_(-1, ranked.topk(safe, dim=-1).indices, float("inf"))
-        ranked.masked_fill_(~real[row], float("-inf"))
-        best = ranked.flatten().topk(min(h * n, h * s)).indices
-        chosen[row].view(-1)[best] = True
-    chosen &= real
+        ranked = scores[row].masked_fill((rank[row] == 0) & real[row], float("inf"))
+        found = torch.zeros_like(real[row])
+        found.view(-1)[ranked.flatten().topk(min(h * n, h * s)).indices] = True
+        ours, room = (found & real[row]).sum(-1).tolist(), real[row].sum(-1).tolist()
+        budget = torch.tensor(mixed_budgets(ours, n, room, safeguard), device=scores.device)
+        chosen[row] = (rank[row] < budget[:, None]) & real[row]
     kept = []
     for head in range(h):
         mask = chosen[:, head]  # [B, S]
         first = mask.int().argsort(dim=-1, descending=True, stable=True)[:, : int(mask.sum(-1).max())]
         kept.append(torch.where(mask.gather(1, first), first, -1).sort(-1).values)
     return kept
+
+
+def mixed_budgets(ranked: Sequence[int], equal: int, room: Sequence[int], safeguard: float) -> list[int]:
+    """Entries of each head: the share ``safeguard`` of an equal budget, the rest as ranked, as many in all as ranked.
+
+    Args:
+        ranked: entries of each head among the best of all.
+        equal: entries of each head if all were alike.
+        room: entries that each head has; none of the ranked numbers is above.
+    """
+    exact = [(1 - safeguard) * n + safeguard * min(equal, most) for n, most in zip(ranked, room, strict=True)]
+    counts = [min(int(x), most) for x, most in zip(exact, room, strict=True)]
+    order = sorted(range(len(exact)), key=lambda head: counts[head] - exact[head])  # the largest fraction first
+    while (rest := sum(ranked) - sum(counts)) > 0:
+        for head in [h for h in order if counts[h] < room[h]][:rest]:
+            counts[head] += 1
+    return counts
 
 
 def guarding(scores: Tensor, held: Held, guarded: Guarded, rows: int) -> Tensor:

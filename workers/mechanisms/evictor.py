@@ -117,8 +117,8 @@ def heads_knob(default: Heads, group: str | None = SHARED) -> Any:
 
 
 def safeguard_knob(default: float) -> Any:
-    """What every head keeps at least, where they share by score."""
-    about = "of adaptive: every head keeps at least this share of an equal budget; 1 = uniform"
+    """What of the budget is dealt out equally, where heads share by score."""
+    about = "of adaptive: this share of the budget is dealt out equally, the rest by score; 1 = uniform"
     return knob(default, ge=0.0, le=1.0, group=SHARED, help=about)
 
 
