@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests import tiny
-from tests.methods.driving import attached, make_session, prompt
+from studio_state.decoder_costs import Bits, Decoder, operations
+from tests import tiny, tiny_vision
+from tests.methods.drawing import LABEL, OWN, drawing_session
+from tests.methods.driving import attached, image_item, make_session, prompt, seeing_session
 from workers.analyzers.llm_viewer import LLMViewer
 from workers.analyzers.runtime_dissection import RuntimeDissection
 from workers.mechanisms.operator_times import KINDS, kind_of
@@ -33,23 +38,90 @@ def short_run(session: Any, *policies: Policy) -> ShortRun:
     return ShortRun(session, attach, [Item(id="x", prompt_ids=tuple(prompt(LENGTH)))])
 
 
-@pytest.mark.parametrize("folder", [tiny.llama_folder, tiny.qwen3_folder, tiny.gpt2_folder])
-def test_operations_are_those_that_pytorch_counts(folder: Any) -> None:
-    session = make_session(folder(), attention="eager")  # the counter knows no fused attention of a CPU
-    run = short_run(session)
-    for phase in ("prefill", "decode"):
+def of_item(session: Any, item: Item) -> ShortRun:
+    return replace(short_run(session), items=[item])
+
+
+def held_against_pytorch(session: Any, run: ShortRun) -> dict[str, tuple[float, float]]:
+    """Phase -> our operations and PyTorch's, whose counter knows no fused attention of a CPU."""
+    found = {}
+    for phase in run.phases:
         with run.ready(), counting(session) as counted:
             counter = FlopCounterMode(display=False)
 
             def around(work: Any, counter: Any = counter, counted: Any = counted) -> None:
                 counted.take()
-                with counter:
+                with counter, sdpa_kernel(SDPBackend.MATH):
                     work()
 
             run.each(phase, around)
-            mine = sum(w.flops for w in counted.take())
-        theirs = counter.get_total_flops()
+            found[phase] = (sum(w.flops for w in counted.take()), float(counter.get_total_flops()))
+    return found
+
+
+@pytest.mark.parametrize("folder", [tiny.llama_folder, tiny.qwen3_folder, tiny.gpt2_folder])
+def test_operations_of_a_language_model_are_those_that_pytorch_counts(folder: Any) -> None:
+    session = make_session(folder(), attention="eager")
+    for mine, theirs in held_against_pytorch(session, short_run(session)).values():
         assert mine == pytest.approx(theirs, rel=0.02)  # rotary frequencies are a small product of their own
+
+
+@pytest.mark.parametrize(
+    ("folder", "task"),
+    [
+        (tiny_vision.vit_folder, "classify"),
+        (tiny_vision.dinov2_folder, "classify"),
+        (tiny_vision.clip_vision_folder, "classify"),
+        (tiny_vision.llava_folder, "generate"),
+    ],
+)
+def test_operations_of_a_model_that_sees_are_those_that_pytorch_counts(folder: Any, task: str) -> None:
+    session = seeing_session(folder(), "fashion" if task == "classify" else "vqa", attention="eager")
+    for mine, theirs in held_against_pytorch(session, of_item(session, image_item(task))).values():
+        assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("folder", [tiny_vision.vit_folder, tiny_vision.dinov2_folder])
+def test_a_pass_reads_every_map_of_an_encoder_once(folder: Any) -> None:
+    session = seeing_session(folder(), "fashion")
+    found = LLMViewer().analyze(of_item(session, image_item("classify")))["phases"]["pass"]["operations"]
+    maps = [m for m in session.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert sum(o["weight_bytes"] for o in found) == 4 * sum(p.numel() for m in maps for p in m.parameters())
+
+
+@pytest.mark.parametrize("kind", [OWN, "dit", "stable-diffusion"])
+def test_operations_of_a_drawing_are_those_that_pytorch_counts(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    session = drawing_session(kind, tmp_path_factory.getbasetemp())
+    data = {"steps": 2, "guidance": 3.0, "size": 0, "label": LABEL, "seed": 5}
+    run = of_item(session, Item(id="x", task="draw", chat=False, prompt="a red boat", data=data))
+    assert run.phases == ("pass",)
+    ((mine, theirs),) = held_against_pytorch(session, run).values()
+    assert mine == theirs
+    roof = LLMViewer().analyze(run)["phases"]["pass"]
+    assert {"maps", "attention"} == set(roof["seconds"])
+
+
+def test_operations_and_bytes_by_shape_alone_are_those_that_are_counted() -> None:
+    """Maps, head and cache; attention that is not fused has its scores on top, which a fused one never writes."""
+    session = make_session()
+    config, batch = session.model.config, 1
+    shape = Decoder(
+        layers=config.num_hidden_layers, hidden=config.hidden_size, ffn=config.intermediate_size, heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads, vocab=config.vocab_size,
+    )  # fmt: skip
+    phases = LLMViewer().analyze(short_run(session))["phases"]
+    prefill = {o.work.name: o for o in operations(shape, "prefill", LENGTH, batch, Bits(32, 32, 32))}
+    for counted in phases["prefill"]["operations"]:
+        if counted["name"] == "attention":
+            asked, read = prefill["queries with keys"], prefill["scores with values"]
+            assert counted["flops"] == asked.times * (asked.work.flops + read.work.flops)
+            assert counted["kv_bytes"] == asked.times * (asked.work.kv_bytes + read.work.kv_bytes)
+            continue
+        derived = prefill[counted["name"]]
+        assert counted["flops"] == derived.times * derived.work.flops
+        assert counted["weight_bytes"] == derived.times * derived.work.weight_bytes
+        moved = derived.work.activation_bytes + derived.work.kv_bytes  # what is cached is an output like any other
+        assert counted["activation_bytes"] == derived.times * moved
 
 
 def test_a_visit_to_an_expert_is_three_products_and_only_visited_experts_are_read() -> None:
