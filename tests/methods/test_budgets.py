@@ -176,9 +176,9 @@ def test_a_full_safeguard_is_equal_heads(name: str) -> None:
 @pytest.mark.parametrize("name", BUDGETED)
 def test_freed_bytes_match_the_budget(name: str, layers: str) -> None:
     whole = after_prefill(StreamingLLM(keep=1.0)).cache.nbytes()
-    for keep in (0.3, 0.5):
+    for keep in (0.2, 0.5):
         got = after_prefill(BUDGETED[name](keep=keep, layers=layers)).cache
-        guarded = 33 / len(PROMPT) if layers != "uniform" else 0.0  # a layer never keeps less than what it guards
+        guarded = 36 / len(PROMPT) if layers != "uniform" and name == "lagkv" else 0.0  # it never keeps less than that
         assert keep - 0.02 <= got.nbytes() / whole <= keep + 0.02 + guarded
         assert sum(g.store.length * g.positions.shape[1] for layer in got.layers for g in layer.groups if g.positions is not None)
 

@@ -94,16 +94,29 @@ class Budgeted(Policy):
         return None
 
     def counts(self, call: AttentionCall, guarded: Guarded = FREE) -> list[int]:
-        """Entries that this layer keeps in each row, at least the guarded ones."""
-        return budgets(call, self.share(call), guarded)
+        """Entries that this layer keeps in each row, at least the guarded ones.
 
-    def share(self, call: AttentionCall) -> float:
-        """Share of the prompt that this layer keeps."""
+        Layers that differ share what the guarded entries, which all of them keep, leave of the budget, so that together
+        they keep no more than equal ones.
+        """
         if self.layers == "uniform":
-            return self.keep
+            return budgets(call, self.keep, guarded)
+        lengths, counts = call.forward.prompt_lengths, []
+        for n, recent in zip(lengths, guarded.newest(len(lengths)), strict=True):
+            fixed = min(n, recent + guarded.sinks)
+            others = n - fixed
+            share = self.share(call, max(0.0, self.keep * n - fixed) / others) if others else 0.0
+            counts.append(max(1, fixed + round(share * others)))
+        return counts
+
+    def share(self, call: AttentionCall, keep: float | None = None) -> float:
+        """Share of the prompt that this layer keeps, where all together keep the share ``keep``; None = that of the knob."""
+        keep = self.keep if keep is None else keep
+        if self.layers == "uniform":
+            return keep
         cache = call.forward.cache
         order = [layer for layer, memory in enumerate(cache.layers) if memory.keeps_kv]
-        return layer_shares(self.keep, len(order), self.layers, self.slope, self.layer_shares)[order.index(call.layer)]
+        return layer_shares(keep, len(order), self.layers, self.slope, self.layer_shares)[order.index(call.layer)]
 
     def kv_factor(self) -> float:
         """The share kept."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.cards import knob
 from workers.mechanisms.attention import AttentionCall
-from workers.mechanisms.eviction import Guarded, column_sums
+from workers.mechanisms.eviction import FREE, Guarded, budgets, column_sums
 from workers.mechanisms.evictor import Evictor
 from workers.session import Session
 
@@ -44,6 +44,10 @@ class GatheredAttention(Evictor):
         """The sums so far [B, H, S]."""
         return call.held.tracked[SUMS]
 
+    def counts(self, call: AttentionCall, guarded: Guarded = FREE) -> list[int]:
+        """The budget of each row, of which the newest positions are a share in every layer."""
+        return budgets(call, self.share(call), guarded)
+
     def guarded(self, call: AttentionCall) -> Guarded:
         """The newest positions' share of the budget."""
-        return Guarded(recent=[max(1, round(self.recent * n)) for n in super().counts(call)])
+        return Guarded(recent=[max(1, round(self.recent * n)) for n in budgets(call, self.share(call))])

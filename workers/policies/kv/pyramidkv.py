@@ -17,7 +17,8 @@ class PyramidKV(WindowVotes):
 
     Cai et al. 2024, arXiv:2406.02069, section 4: attention is spread widely in low layers and narrows to a few
     positions in high ones, so the layers' budgets fall along a straight line. It is SnapKV with ``layers`` =
-    pyramid. Deviation: the budget is a share of the prompt, window included, and is kept on average over layers.
+    pyramid. The window, which every layer keeps, counts to the budget but not to the line, as in the paper. Deviation: the
+    budget is a share of the prompt; it is kept on average over layers.
     """
 
     card: ClassVar[Card] = card(id="pyramidkv", title="PyramidKV", paper="arXiv:2406.02069", **EVICTS)
