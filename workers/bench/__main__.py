@@ -13,7 +13,7 @@ from importlib import import_module
 import psutil
 import typer
 
-from studio_state.errors import StudioError
+from studio_state.errors import StudioError, Unavailable
 from workers.bench.plan import DRAWING_MODEL, Plan
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,6 +34,7 @@ class Bench(StrEnum):
     FIRST_BLOCK_CACHE = "first-block-cache"
     KV_POLICIES = "kv-policies"
     KV_QUALITY = "kv-quality"
+    LLAMA_CPP = "llama-cpp"
 
 
 DRAWING = {Bench.FIRST_BLOCK_CACHE}
@@ -52,10 +53,16 @@ def main(
     plan = plan.quick() if quick else plan
     for name in only or list(Bench):
         module = import_module(f"workers.bench.{name.value.replace('-', '_')}")
+        why = "" if only else getattr(module, "why_left_out", str)()
+        if why:
+            print(f"== {name.value}: {why}", flush=True)
+            continue
         what = plan.of_pictures if name in DRAWING else plan.of_texts
         print(f"== {name.value}: {(module.__doc__ or '').splitlines()[0]}\n{heading(plan, what)}", flush=True)
         try:
             module.bench(plan)
+        except Unavailable as e:
+            print(f"{name.value}: skipped: {e}", file=sys.stderr)
         except StudioError as e:
             print(f"{name.value}: {e}", file=sys.stderr)
             raise typer.Exit(1) from e

