@@ -34,6 +34,7 @@ class Bench(StrEnum):
     FIRST_BLOCK_CACHE = "first-block-cache"
     KV_POLICIES = "kv-policies"
     KV_QUALITY = "kv-quality"
+    WEIGHT_QUALITY = "weight-quality"
     LLAMA_CPP = "llama-cpp"
 
 
