@@ -104,6 +104,15 @@ def test_the_limits_of_promptdistill_follow_from_its_card() -> None:
     assert limits["cache"].at_least <= formula <= limits["cache"].at_most
 
 
+def test_promptdistill_and_its_rival_choose_as_many_tokens_in_the_same_layer() -> None:
+    cards = Catalog.load().by_id
+    for name in ("depth", "kernel"):  # knobs that the lanes leave as they are
+        assert len({cards[policy].knobs["properties"][name]["default"] for policy in ("promptdistill", "gemfilter")}) == 1
+    for check in (c for c in find_claim("promptdistill").checks if c.against):
+        lanes = next(e for e in find_claim("promptdistill").experiments if e.id == check.experiment).lanes
+        assert lanes[check.lane] == lanes[check.against].replace("gemfilter", "promptdistill")
+
+
 def test_the_digest_sees_limits_and_lanes_but_not_words() -> None:
     plain = claim({"id": "c", "kind": "ratio", "metric": "ttft_s", "at_most": 0.5})
     assert (

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workers.cards import knob
+from workers.methods import Policy
 from workers.session import Session
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ CHOOSES_IMAGE_TOKENS: dict[str, Any] = {
     "hopes": {"ttft_s": "down"},
     "neutral": {"keep": 1.0},
 }  # what the cards of policies that choose which image tokens enter the language model have in common
+
+
+class ChoosesImageTokens(Policy):
+    """A policy that lets a share of the image tokens into the language model."""
+
+    keep: float = knob(
+        0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
+    )
+
+    def kv_factor(self) -> float:
+        """Prompts with an image are mostly image tokens."""
+        return self.keep
+
+
 LEVELS = tuple(round(0.01 * i, 2) for i in range(1, 101))  # settings of keep that the screen's slider can show
 FINE_UP_TO = 256  # image tokens; of more, every fifth of these settings is tried
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from studio_state.catalog import Card
-from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
-from workers.methods import Policy, card, knob
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, ChoosesImageTokens, Selection, Visual, selecting
+from workers.methods import card
 from workers.session import Session
 
 
-class DivPrune(Policy):
+class DivPrune(ChoosesImageTokens):
     """Keep the image tokens that differ most from each other, before the language model.
 
     Alvar et al. 2025, arXiv:2503.02175, algorithm 1: the max-min diversity problem, solved greedily over cosine
@@ -27,9 +27,6 @@ class DivPrune(Policy):
         title="DivPrune",
         paper="arXiv:2503.02175",
         **CHOOSES_IMAGE_TOKENS,
-    )
-    keep: float = knob(
-        0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
     )
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
@@ -43,10 +40,6 @@ class DivPrune(Policy):
         if count >= len(places):
             return Selection(visual.with_breaks(places))
         return Selection(visual.with_breaks(places[most_diverse(visual.features[places], count)]))
-
-    def kv_factor(self) -> float:
-        """Prompts with an image are mostly image tokens."""
-        return self.keep
 
 
 def most_diverse(features: Tensor, count: int) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 from studio_state.catalog import Card
 from workers.mechanisms.vision_attention import VisionCall
 from workers.mechanisms.vision_blocks import feature_layers
-from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
-from workers.methods import Policy, card, knob
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, ChoosesImageTokens, Selection, Visual, selecting
+from workers.methods import card, knob
 from workers.session import Session
 
 
-class HiRED(Policy):
+class HiRED(ChoosesImageTokens):
     """Keep the image tokens that CLS attends to, with a budget for each tile by what its region holds.
 
     Arif et al. 2024, arXiv:2408.10945, section 4: a part of the budget goes to the whole image, the rest to the
@@ -34,9 +34,6 @@ class HiRED(Policy):
         paper="arXiv:2408.10945",
         traits=("cls-token",),
         **CHOOSES_IMAGE_TOKENS | {"hopes": {"ttft_s": "down", "prefill_tokens_per_s": "up"}},
-    )
-    keep: float = knob(
-        0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
     )
     alpha: float = knob(0.5, ge=0.0, le=1.0, help="share of the budget for the whole image; the rest goes to its tiles")
     strips: bool = knob(False, help="find the tiles' regions as the released code does (horizontal strips)")

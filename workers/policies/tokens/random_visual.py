@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from studio_state.catalog import Card
-from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
-from workers.methods import Policy, card, knob
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, ChoosesImageTokens, Selection, Visual, selecting
+from workers.methods import card
 from workers.session import Session
 
 
-class RandomVisual(Policy):
+class RandomVisual(ChoosesImageTokens):
     """Keep image tokens drawn at random, before the language model.
 
     The control of every paper on visual token dropping; folklore. The draw depends on the experiment's seed and the
@@ -25,9 +25,6 @@ class RandomVisual(Policy):
         title="Random image tokens",
         **CHOOSES_IMAGE_TOKENS,
     )
-    keep: float = knob(
-        0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
-    )
 
     def attach(self, session: Session) -> AbstractContextManager[Any]:
         """Choose when the image is encoded."""
@@ -38,7 +35,3 @@ class RandomVisual(Policy):
         order = torch.randperm(len(visual.rows), generator=torch.Generator().manual_seed(visual.seed))
         scores = torch.empty(len(order)).index_copy_(0, order, torch.arange(len(order), 0, -1).float())
         return Selection(visual.best(scores.to(visual.features.device), visual.budget(keep)))
-
-    def kv_factor(self) -> float:
-        """Prompts with an image are mostly image tokens."""
-        return self.keep

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from studio_state.catalog import Card
 from workers.mechanisms.vision_attention import VisionCall
 from workers.mechanisms.vision_blocks import feature_layers
-from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, Selection, Visual, selecting
-from workers.methods import Policy, card, knob
+from workers.mechanisms.visual_tokens import CHOOSES_IMAGE_TOKENS, ChoosesImageTokens, Selection, Visual, selecting
+from workers.methods import card, knob
 from workers.session import Session
 
 
-class VisionZip(Policy):
+class VisionZip(ChoosesImageTokens):
     """Keep the image tokens that CLS attends to, and merge the rest into a few that carry the context.
 
     Yang et al. 2024, arXiv:2412.04467, section 3: in each view the dominant tokens are those with most attention from
@@ -33,9 +33,6 @@ class VisionZip(Policy):
         paper="arXiv:2412.04467",
         traits=("cls-token",),
         **CHOOSES_IMAGE_TOKENS,
-    )
-    keep: float = knob(
-        0.2, ge=0.01, le=1.0, help="share of image tokens that enter the language model; lower = faster, sees less"
     )
     context: float = knob(
         0.16, ge=0.0, le=0.9, help="share of the kept tokens that are merged ones; more = less detail, more context"
@@ -64,10 +61,6 @@ class VisionZip(Policy):
             stack.enter_context(session.hooked(session.vision_observers, watch))
             stack.enter_context(selecting(session, self.card.id, self.keep, Choice(self, projector).choose, noting))
             yield
-
-    def kv_factor(self) -> float:
-        """Prompts with an image are mostly image tokens."""
-        return self.keep
 
 
 class Choice:
