@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from studio_state.catalog import Card
+from studio_state.metrics import Source
 from workers.cards import Declared
 from workers.mechanisms.phases import ShortRun
 from workers.methods import classes_in, unique
+
+
+class Measured(NamedTuple):
+    """A metric that an analyzer takes.
+
+    Attributes:
+        name: in ``studio_state.metrics``.
+        values: one a pass, so that there is an interval; a single one describes the lane as a whole.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    source: Source = "measured"
 
 
 class Analyzer(Declared):
@@ -20,6 +35,10 @@ class Analyzer(Declared):
     @abstractmethod
     def analyze(self, run: ShortRun) -> dict[str, Any]:
         """What it found of one lane, as plain data."""
+
+    def metrics(self, data: dict[str, Any]) -> Iterator[Measured]:
+        """Which metrics of the lane follow from what it found; none by default."""
+        yield from ()
 
     @classmethod
     def describe(cls) -> Card:

@@ -12,7 +12,7 @@ import torch
 from studio_state.errors import ModelError, StudioError, WorkloadError
 from studio_state.events import Analysis, Event, ItemStarted, LaneStarted, Note, Output, Phase
 from studio_state.metrics import Source
-from workers.analyzer import analyzers
+from workers.analyzer import Measured, analyzers
 from workers.families.base import RunTrace
 from workers.lanes import Lane, live
 from workers.mechanisms.phases import ShortRun
@@ -278,12 +278,16 @@ class Race:
             for name in self.session.spec.analyzers:
                 yield Phase(name="analyze", lane=lane.index, text=known[name].card.title)
                 acted = dict(lane.acted)
+                analyzer = known[name]()
                 try:
-                    yield Analysis(lane=lane.index, analyzer=name, data=known[name]().analyze(run))
+                    data = analyzer.analyze(run)
+                    yield Analysis(lane=lane.index, analyzer=name, data=data)
+                    for metric in analyzer.metrics(data):
+                        yield from _taken(lane, metric, batches[0][0].id)
                 except Cancelled:
                     raise
                 except Exception as e:
-                    text = f"{known[name].card.title}: {type(e).__name__}: {e}; the lane's measurements are not touched by this"
+                    text = f"{analyzer.card.title}: {type(e).__name__}: {e}; the lane's measurements are not touched by this"
                     yield Note(text=text, level="warning", lane=lane.index)
                 lane.acted.clear()
                 lane.acted.update(acted)
@@ -324,6 +328,15 @@ class Race:
             raise error
         lane.give_up("failed", message)
         yield from lane.farewell()
+
+
+def _taken(lane: Lane, metric: Measured, item: str) -> Iterator[Event]:
+    """What an analyzer measured, as the lane's own; several passes as repeats of the item that it ran on."""
+    if len(metric.values) == 1:
+        yield lane.whole(metric.name, metric.values[0], metric.source)
+        return
+    for i, value in enumerate(metric.values):
+        yield lane.sample(metric.name, value, item, i)
 
 
 def require_numbers(trace: RunTrace) -> None:

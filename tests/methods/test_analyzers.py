@@ -12,14 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from studio_state.decoder_costs import Bits, Decoder, operations
+from studio_state.metrics import METRICS
 from tests import tiny, tiny_vision
 from tests.methods.drawing import LABEL, OWN, drawing_session
 from tests.methods.driving import attached, image_item, make_session, prompt, seeing_session
+from workers.analyzer import Analyzer
 from workers.analyzers.llm_viewer import LLMViewer
+from workers.analyzers.roofline_order import RooflineOrder
 from workers.analyzers.runtime_dissection import RuntimeDissection
 from workers.mechanisms.operator_times import KINDS, kind_of
 from workers.mechanisms.phases import NEW_TOKENS, ShortRun
 from workers.mechanisms.step_work import counting
+from workers.meters.device_profile import device_profile
 from workers.methods import Policy
 from workers.policies.kv.streamingllm import StreamingLLM
 from workers.policies.quantize.rtn import RoundToNearest
@@ -101,16 +105,20 @@ def test_operations_of_a_drawing_are_those_that_pytorch_counts(kind: str, tmp_pa
     assert {"maps", "attention"} == set(roof["seconds"])
 
 
-def test_operations_and_bytes_by_shape_alone_are_those_that_are_counted() -> None:
-    """Maps, head and cache; attention that is not fused has its scores on top, which a fused one never writes."""
-    session = make_session()
-    config, batch = session.model.config, 1
-    shape = Decoder(
+def shape_of(session: Any) -> Decoder:
+    config = session.model.config
+    return Decoder(
         layers=config.num_hidden_layers, hidden=config.hidden_size, ffn=config.intermediate_size, heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads, vocab=config.vocab_size,
     )  # fmt: skip
+
+
+def test_operations_and_bytes_by_shape_alone_are_those_that_are_counted() -> None:
+    """Maps, head and cache; attention that is not fused has its scores on top, which a fused one never writes."""
+    session = make_session()
+    shape = shape_of(session)
     phases = LLMViewer().analyze(short_run(session))["phases"]
-    prefill = {o.work.name: o for o in operations(shape, "prefill", LENGTH, batch, Bits(32, 32, 32))}
+    prefill = {o.work.name: o for o in operations(shape, "prefill", LENGTH, 1, Bits(32, 32, 32))}
     for counted in phases["prefill"]["operations"]:
         if counted["name"] == "attention":
             asked, read = prefill["queries with keys"], prefill["scores with values"]
@@ -178,6 +186,59 @@ def test_times_of_all_kinds_add_up_to_the_step_and_nothing_stays() -> None:
     assert before == {n: dict(vars(type(m))).get("forward") for n, m in session.model.named_modules()}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in session.model.modules())
     assert not session.observers
+
+
+def taken(analyzer: Analyzer, data: Any) -> dict[str, tuple[float, ...]]:
+    found = {m.name: m.values for m in analyzer.metrics(data)}
+    assert set(found) <= set(METRICS)
+    return found
+
+
+def test_metrics_of_the_dissection_are_shares_and_lean_blocks_have_no_layers() -> None:
+    session, analyzer = make_session(), RuntimeDissection(repeats=2)
+    data = analyzer.analyze(short_run(session))
+    found = taken(analyzer, data)
+    assert set(found) == {"products_share", "layers_share", "prefill_products_share", "prefill_layers_share"}
+    assert all(len(v) == 2 and min(v) > 0 and max(v) <= 1 for v in found.values())
+    lean = taken(analyzer, analyzer.analyze(short_run(session, LeanDecode())))
+    assert "layers_share" not in lean
+    assert lean["products_share"]
+
+
+def test_metrics_of_the_roofline_by_hand() -> None:
+    def part(seconds: float, bound: str) -> dict[str, Any]:
+        return {"seconds": seconds, "bound": bound}
+
+    data = {
+        "phases": {
+            "prefill": {"operations": [part(3.0, "compute"), part(1.0, "memory")]},
+            "decode": {"operations": [part(2.0, "memory")]},
+        }
+    }
+    assert taken(LLMViewer(), data) == {
+        "roofline_prefill_s": (4.0,),
+        "prefill_memory_bound_share": (0.25,),
+        "roofline_decode_s": (2.0,),
+        "memory_bound_share": (1.0,),
+    }
+
+
+def test_the_order_that_the_roofline_predicts_by_hand() -> None:
+    settings = [{"predicted": p, "seconds": s} for p, s in ((1.0, [2.0, 8.0]), (2.0, [4.0, 4.0]), (4.0, [5.0, 3.0]))]
+    assert taken(RooflineOrder(), {"settings": settings}) == {"roofline_order": (1.0, -1.0), "roofline_reached": (0.8, 4 / 3)}
+
+
+def test_six_settings_are_predicted_as_the_roofline_analyzer_counts_them() -> None:
+    session = make_session()
+    data = RooflineOrder(short=4, long=LENGTH, timed=2).analyze(short_run(session))
+    assert [(s["batch"], s["length"], len(s["seconds"])) for s in data["settings"]] == [
+        (b, n, 2) for b in (1, 4, 16) for n in (4, LENGTH)
+    ]
+    predicted = {(s["batch"], s["length"]): s["predicted"] for s in data["settings"]}
+    assert all(predicted[b, LENGTH] > predicted[b, 4] for b in (1, 4, 16))
+    device = device_profile(session.device)
+    maps = [o for o in operations(shape_of(session), "decode", LENGTH + 1, 16, Bits(32, 32, 32)) if o.work.group == "maps"]
+    assert predicted[16, LENGTH] > sum(o.times * o.work.bytes for o in maps) / device.bandwidth * 0.99
 
 
 @pytest.mark.parametrize(

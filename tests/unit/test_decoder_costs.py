@@ -6,6 +6,7 @@ import pytest
 
 from studio_state.costs import Device, total
 from studio_state.decoder_costs import RELEASED, Bits, Decoder, Quirks, intensity, limit, operations, peak_bytes, seconds
+from studio_state.devices import published
 
 LLAMA2_7B = Decoder(layers=32, hidden=4096, ffn=11008, heads=32, kv_heads=32, vocab=32000)
 # as the released code lists them
@@ -66,7 +67,7 @@ def test_integers_count_only_where_all_three_are_small() -> None:
     assert [Bits(*b).products for b in ((4, 16, 16), (8, 8, 16), (8, 8, 8), (4, 4, 4))] == ["float16", "float16", "int8", "int8"]
 
 
-@pytest.mark.parametrize("device", [A6000, H100])
+@pytest.mark.parametrize("device", [*published().values(), A6000, H100], ids=lambda d: d.name)
 def test_decoding_is_bound_by_memory_a_long_prompt_by_products_and_four_bits_help_only_the_first(device: Device) -> None:
     decode, prefill = (operations(LLAMA2_7B, phase, LENGTH) for phase in ("decode", "prefill"))
     assert (limit(decode, device), limit(prefill, device)) == ("memory", "compute")

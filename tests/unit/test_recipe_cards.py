@@ -34,7 +34,7 @@ def test_the_catalogue_lists_recipes_behind_the_policies() -> None:
     assert all((c.kind, c.stage, c.resources) == ("recipe", None, ()) for c in CATALOG.recipes)
     assert all(c.summary and c.doc and c.paper and c.knobs["properties"] for c in CATALOG.recipes)
     assert [*CATALOG.policies, *CATALOG.analyzers, *CATALOG.recipes] == CATALOG.methods
-    assert [c.id for c in CATALOG.analyzers] == ["llm-viewer", "runtime-dissection"]
+    assert [c.id for c in CATALOG.analyzers] == ["llm-viewer", "roofline-order", "runtime-dissection"]
     assert len(CATALOG.by_id) == len(CATALOG.methods)
 
 

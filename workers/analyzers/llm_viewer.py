@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from studio_state.catalog import Card
 from studio_state.costs import GROUPS, Work, total
-from workers.analyzer import Analyzer
-from workers.mechanisms.phases import ShortRun
+from workers.analyzer import Analyzer, Measured
+from workers.mechanisms.phases import ShortRun, library_runs_it
 from workers.mechanisms.step_work import counting
 from workers.meters.device_profile import device_profile
-from workers.methods import Policy, card
-
-OWN_LOOP = ("decode", "runtime")  # stages whose policies run other code than the library's modules
+from workers.methods import card
 
 
 class LLMViewer(Analyzer):
@@ -64,10 +63,15 @@ class LLMViewer(Analyzer):
                 }
         return {"phases": found, "device": device.model_dump(mode="json"), "dtype": dtype}
 
-
-def library_runs_it(policy: Policy) -> bool:
-    """Whether a policy leaves the library's own modules at work, on which the counting looks on."""
-    return policy.card.stage not in OWN_LOOP
+    def metrics(self, data: dict[str, Any]) -> Iterator[Measured]:
+        """Least times, and how much of them memory limits."""
+        for phase, found in data["phases"].items():
+            start = "prefill_" if phase == "prefill" else ""
+            least = sum(o["seconds"] for o in found["operations"])
+            memory = sum(o["seconds"] for o in found["operations"] if o["bound"] == "memory")
+            yield Measured(f"roofline_{start or 'decode_'}s", (least,), "estimated")
+            if least:
+                yield Measured(f"{start}memory_bound_share", (memory / least,), "estimated")
 
 
 def scaled(work: Work, factor: float) -> Work:

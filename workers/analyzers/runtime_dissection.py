@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import Any, ClassVar
 
 from studio_state.catalog import Card
-from workers.analyzer import Analyzer
+from workers.analyzer import Analyzer, Measured
 from workers.cards import knob
 from workers.mechanisms.operator_times import OperatorTimes, recording
 from workers.mechanisms.phases import Phase, ShortRun
 from workers.methods import card
+from workers.session import Session
 
 
 class RuntimeDissection(Analyzer):
     """Where the time of a step goes, by kind of operation.
 
     Zhang et al. 2023, arXiv:2311.03687, sections 3 to 5, dissect end to end, by module and by operator. Here every lane's steps are
-    recorded operator by operator in a pass of its own, untimed otherwise, and added up by what the operators do; steps by the
-    library's modules and by lean blocks are thereby told in the same words. Times are scaled to those of unrecorded steps.
+    recorded operator by operator in passes of their own, untimed otherwise, and added up by what the operators do; steps by the
+    library's modules and by lean blocks are thereby told in the same words. Times are scaled to those of unrecorded steps. By
+    module only the layers are told from the rest, in passes of their own again, where the library's modules run.
     """
 
     card: ClassVar[Card] = card(
@@ -28,7 +32,7 @@ class RuntimeDissection(Analyzer):
         kind="analyzer",
         families=("llm", "vlm", "vit", "diffusion"),
     )
-    repeats: int = knob(2, ge=1, le=20, help="unrecorded runs, of which the fastest counts; more = steadier")
+    repeats: int = knob(3, ge=1, le=20, help="passes of each kind; more = steadier")
 
     def analyze(self, run: ShortRun) -> dict[str, Any]:
         """Seconds of one step in each phase, by kind of operation."""
@@ -36,16 +40,28 @@ class RuntimeDissection(Analyzer):
         for phase in run.phases:
             with run.ready():
                 times = [_timed(run, phase) for _ in range(self.repeats)]
+                layers = [share for _ in range(self.repeats) if (share := _inside_layers(run, phase))]
             seconds, steps = min(times)
-            one = _recorded(run, phase, seconds)
+            recorded = [_recorded(run, phase, seconds) for _ in range(self.repeats)]
+            one = recorded[0]
             found[phase] = {
                 "steps": steps,
                 "seconds": seconds / steps,
-                "kinds": {k: v / steps for k, v in one.seconds.items()},
+                "kinds": {k: fmean(r.seconds[k] for r in recorded) / steps for k in one.seconds},
                 "operators": [[name, calls / steps, s / steps] for name, calls, s in one.operators],
                 "slowed": one.slowed,
+                "products": [r.seconds["products"] / seconds for r in recorded],
+                "layers": layers,
             }
         return {"phases": found}
+
+    def metrics(self, data: dict[str, Any]) -> Iterator[Measured]:
+        """What share of a step products and layers have."""
+        for phase, found in data["phases"].items():
+            start = "prefill_" if phase == "prefill" else ""
+            for name in ("products", "layers"):
+                if found[name]:
+                    yield Measured(f"{start}{name}_share", tuple(found[name]))
 
 
 def _timed(run: ShortRun, phase: Phase) -> tuple[float, int]:
@@ -63,3 +79,37 @@ def _recorded(run: ShortRun, phase: Phase, seconds: float) -> OperatorTimes:
     with recording() as recorder, run.ready():
         run.each(phase, lambda work: found.append(recorder.run(work, seconds)))
     return found[0]
+
+
+def _inside_layers(run: ShortRun, phase: Phase) -> float:
+    """Share of the phase that the forwards of the model's layers take; 0 where other code runs them."""
+    shares: list[float] = []
+    with _layers_timed(run.session) as inside:
+
+        def around(work: Callable[[], float]) -> None:
+            inside.clear()
+            seconds = work()
+            shares.append(sum(inside) / seconds)
+
+        run.each(phase, around)
+    return min(1.0, shares[0])
+
+
+@contextmanager
+def _layers_timed(session: Session) -> Iterator[list[float]]:
+    """While open, the seconds of every layer's forward are added to the list."""
+    inside: list[float] = []
+    began: list[float] = []
+
+    def before(*_: Any) -> None:
+        began.append(session.clock())
+
+    def after(*_: Any) -> None:
+        inside.append(session.clock() - began.pop())
+
+    with ExitStack() as stack:
+        for name in session.family.parts(session.model).get("layers", []):
+            module = session.model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield inside

@@ -15,6 +15,7 @@ from workers.workloads.base import Item
 Phase = Literal["prefill", "decode", "pass"]
 NEW_TOKENS = 9  # the prefill's and eight steps
 PHASES: dict[Phase, str] = {"prefill": "reading the prompt", "decode": "one decode step", "pass": "one pass"}
+OWN_LOOP = ("decode", "runtime")  # stages whose policies run other code than the library's modules
 Attach = Callable[[Callable[[Policy], bool]], AbstractContextManager[None]]
 
 
@@ -73,3 +74,8 @@ class ShortRun:
         around(work)
         steps.close()  # type: ignore[attr-defined]
         return count[0]
+
+
+def library_runs_it(policy: Policy) -> bool:
+    """Whether a policy leaves the library's own modules at work, on which counting looks on."""
+    return policy.card.stage not in OWN_LOOP
