@@ -13,17 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from app.cli_table import print_result, remarks
+from app.components.numbers import byte_quantity
 from app.dispatch import Dispatch, LocalDispatch
 from app.dispatch.runner import Settings
 from app.explain import explained
 from app.race import Race
 from app.report import all_finished, document
 from studio_state.errors import StoreError
+from studio_state.estimate_errors import estimate_errors, expected
 from studio_state.events import Event, Note, Preview
-from studio_state.experiment import ExperimentSpec
+from studio_state.experiment import ExperimentSpec, MemoryEstimate
 from studio_state.paths import DataDir
 
 CANCELLED_BY_CTRL_C = 130
+COMPARED = 100  # newest experiments whose memory estimates are held against what was measured
 
 
 def run_and_show(
@@ -49,11 +52,29 @@ def run_and_show(
     report = document(events)
     if any(lane["metrics"] for lane in report["lanes"]):
         print_result(report)
-    for remark in (*remarks(report), *explained(report, events)):
+    for remark in (*remarks(report), *memory_remarks(report, data), *explained(report, events)):
         errors.print(remark, style="yellow", markup=False, soft_wrap=True)
     if json_file:
         write_json(json_file, report)
     return report, _conclude(report, interrupted, errors)
+
+
+def memory_remarks(report: dict[str, Any], data: DataDir) -> list[str]:
+    """What the lanes were expected to need and what they took, and how far such estimates were off over the newest runs."""
+    if not report["experiment"]["estimate"]:
+        return []
+    estimate, told = MemoryEstimate.model_validate(report["experiment"]["estimate"]), []
+    for lane in report["lanes"]:
+        bytes_, peak = expected(estimate, lane["lane"]), lane["metrics"].get("peak_memory_bytes")
+        if bytes_:
+            told.append(
+                f"lane {lane['lane']} {byte_quantity(bytes_)}" + (f" (peak measured: {byte_quantity(peak)})" if peak else "")
+            )
+    from studio_state.history import History  # a database is loaded only here, when the run is over
+
+    with History.in_memory(data, limit=COMPARED) as past:
+        errors = estimate_errors(past.memory_needs())
+    return [f"memory, estimated before loading: {', '.join(told)}" + (f"; {errors.sentence()}" if errors else "")] if told else []
 
 
 def watch(dispatch: Dispatch, experiment: str, errors: Console) -> tuple[list[Event], bool]:

@@ -15,6 +15,8 @@ from app.recent import Recent
 from app.saved import SavedPipelines
 from studio_state.catalog import Catalog
 from studio_state.claims import Claim, load_claims
+from studio_state.errors import StoreError
+from studio_state.estimate_errors import EstimateErrors, estimate_errors
 from studio_state.paths import DataDir
 from studio_state.spool import is_alive
 from studio_state.store import Store
@@ -62,6 +64,15 @@ class Context:
     def abandoned(self, experiment: str) -> bool:
         """True if no living process, this one included, runs or records this experiment."""
         return self.dispatch.place(experiment) is None and not is_alive(self.data.spool(experiment))
+
+    def estimate_errors(self) -> EstimateErrors | None:
+        """How far the memory estimates of the runs in the record were off; None while there are none, or none can be read."""
+        if self.store is None:
+            return None
+        try:
+            return estimate_errors(self.store.memory_needs())
+        except StoreError:  # the history page says why; the estimate stands without it
+            return None
 
     def is_host(self, token: str) -> bool:
         """True for the token of the person who started the studio."""

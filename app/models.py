@@ -8,6 +8,7 @@ from app.components.numbers import byte_quantity, digits
 from app.dispatch.base import Dispatch
 from studio_state import zoo
 from studio_state.errors import DeviceBusy
+from studio_state.estimate_errors import EstimateErrors
 from studio_state.events import ModelLoaded
 from studio_state.experiment import ExperimentSpec, MemoryEstimate, ModelInfo
 
@@ -65,9 +66,9 @@ def choices() -> list[tuple[str, str]]:
     return [(f"{e.title} · {e.family}", e.id) for e in zoo.entries()]
 
 
-def pending_rows(info: ModelInfo) -> list[tuple[str, str]]:
+def pending_rows(info: ModelInfo, errors: EstimateErrors | None = None) -> list[tuple[str, str]]:
     """Facts of a model while the worker is asked for the rest; places are kept, so that nothing jumps."""
-    found = dict([*model_rows(info), ("Memory, estimated", ""), ("Free", "")])
+    found = dict([*model_rows(info), ("Memory, estimated", ""), *_past(errors), ("Free", "")])
     return [(label, text or PENDING) for label, text in found.items()]
 
 
@@ -86,8 +87,8 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     ]
 
 
-def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
-    """What the experiment is expected to need next to what is free."""
+def memory_rows(estimate: MemoryEstimate | None, errors: EstimateErrors | None = None) -> list[tuple[str, str]]:
+    """What the experiment is expected to need next to what is free, and how far such estimates were off before."""
     if estimate is None:
         return []
     kv = f" + {byte_quantity(estimate.kv_bytes)} KV" if estimate.kv_bytes else ""
@@ -97,8 +98,13 @@ def memory_rows(estimate: MemoryEstimate | None) -> list[tuple[str, str]]:
     return [
         ("Memory, estimated", f"{byte_quantity(estimate.total)} ({parts})"),
         *([("Largest lane", lane)] if lane else []),
+        *_past(errors),
         (
             "Free",
             f"{byte_quantity(estimate.free_bytes)} on {estimate.device}{'' if estimate.fits else ': the baseline does not fit'}",
         ),
     ]
+
+
+def _past(errors: EstimateErrors | None) -> list[tuple[str, str]]:
+    return [("So far", errors.sentence())] if errors else []

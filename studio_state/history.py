@@ -17,6 +17,7 @@ import duckdb
 from studio_state import database
 from studio_state.errors import StoreError
 from studio_state.events import Event
+from studio_state.experiment import MemoryEstimate
 from studio_state.gate import Gate
 from studio_state.ingest import Ingester
 from studio_state.migrations import TABLES, migrate
@@ -216,6 +217,20 @@ class History:
             ).fetchall()
         found = {v.experiment: v for v in self.verdicts([e for (e,) in rows]) if v.claim == claim}
         return [found[e] for (e,) in rows if e in found]
+
+    def memory_needs(self, newest: int = 500) -> list[tuple[MemoryEstimate, int, float]]:
+        """Of the newest experiments' lanes that were measured: what was estimated before loading, lane, peak in bytes."""
+        with self._cursor() as cursor:
+            rows = cursor.execute(
+                f"""
+                WITH recent AS (SELECT id, estimate FROM experiments e WHERE estimate IS NOT NULL AND {_NOT_DELETED}
+                    ORDER BY submitted DESC NULLS LAST, id DESC LIMIT $newest)
+                SELECT any_value(r.estimate), m.lane, arg_max(m.value, m.seq) FROM metrics m JOIN recent r ON r.id = m.experiment
+                WHERE m.name = 'peak_memory_bytes' AND m.item IS NULL AND m.value > 0 GROUP BY m.experiment, m.lane
+                """,
+                {"newest": newest},
+            ).fetchall()
+        return [(MemoryEstimate.model_validate_json(estimate), lane, peak) for estimate, lane, peak in rows]
 
     def tags(self) -> list[str]:
         """All tags in use, sorted."""

@@ -58,7 +58,7 @@ class OnPage(NamedTuple):
 def show_model(ctx: Context, model: str) -> Data:
     """What is known of a model before the worker was asked."""
     info = ctx.models.known(model or "")
-    return facts(pending_rows(info), info.note) if info else facts([], "Looking up this model…" if model else "Choose a model.")
+    return facts(pending_rows(info, ctx.estimate_errors()), info.note) if info else facts([], "Looking up this model…" if model else "Choose a model.")
 
 
 def workload_choices(catalog: Catalog, family: str) -> list[tuple[str, str]]:
@@ -128,7 +128,7 @@ class StudioEvents:
         except StudioError as e:
             info = self.ctx.models.known(on.model)
             return facts(model_rows(info) if info else [], sentences(e)[0], "warning")
-        rows = [*model_rows(found.info), *memory_rows(found.estimate)]
+        rows = [*model_rows(found.info), *memory_rows(found.estimate, self.ctx.estimate_errors())]
         return facts(rows, found.info.note, "info" if found.fits_baseline else "warning")
 
     def _refused_model(self, model: str) -> list[Problem]:
