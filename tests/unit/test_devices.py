@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.cli_calibrate import measure, show
+from app.dispatch.device_lock import VARIABLE, DeviceLock
 from studio_state.costs import Device
 from studio_state.devices import find_device, kept_profiles, profile_file, published, read_profile, write_profile
-from studio_state.errors import SpecError, StoreError
+from studio_state.errors import DeviceBusy, SpecError, StoreError
 
 MINE = Device(name="chip", bandwidth=9e9, peak={"float32": 5e10}, source="measured", threads=2, calibrated="2026-01-31")
 
@@ -58,3 +62,36 @@ def test_where_numbers_come_from_in_words() -> None:
     passing = MINE.model_copy(update={"calibrated": "", "threads": 1})
     assert passing.origin == "measured here in passing on 1 thread; `pareto-studio calibrate` measures longer"
     assert Device(name="x", bandwidth=1, peak={"float32": 1}).origin == "published"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"seconds": 0.0}, "--seconds is 0; give 1 to 600"),
+        ({"seconds": float("nan")}, "--seconds is nan; give 1 to 600"),
+        ({"threads": 0}, "--threads is 0; give 1 to 1024, or leave it out for all cores"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_starts(given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as refused:
+        measure(**{"device": "cpu", "threads": None, "seconds": 30.0, "data": tmp_path, **given})
+    assert str(refused.value).rstrip(".") == sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_works_is_not_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "locks"))
+    lock = DeviceLock("cpu")
+    assert lock.acquire(0, "20260101-000000-aaaaaa")
+    try:
+        with pytest.raises(DeviceBusy, match=r"experiment 20260101-000000-aaaaaa\); calibrate when it has finished"):
+            measure("cpu", None, 30.0, tmp_path)
+    finally:
+        lock.release()
+
+
+def test_kept_and_published_profiles_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    show([("", MINE), ("t4", find_device("t4"))], as_json=True)
+    kept, listed = json.loads(capsys.readouterr().out)
+    assert (kept["id"], kept["bandwidth"], kept["source"]) == ("", 9e9, "measured")
+    assert (listed["id"], listed["peak"]["float16"]) == ("t4", 65e12)
