@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -60,8 +59,3 @@ def _filled(weights: np.ndarray, total: float) -> list[float]:
         if not over.any():
             return [float(x) for x in shares]
         full |= over
-
-
-def mean_share(shares: Sequence[float]) -> float:
-    """What the layers keep together."""
-    return sum(shares) / len(shares)
