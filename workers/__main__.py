@@ -68,27 +68,27 @@ def fetch(model: str) -> None:
 def train(request: str = typer.Argument(help="what to train, as JSON; see workers/train.py")) -> None:
     """Train a recipe, telling progress as JSON lines; stops when standard input is closed."""
     out = event_stream()
-    from workers.train import train_once
+    from workers.train import JOB
 
-    raise typer.Exit(train_once(request, out, stdin=0))
+    raise typer.Exit(JOB.run(request, out, stdin=0))
 
 
 @app.command()
 def export(request: str = typer.Argument(help="what to export, as JSON; see workers/export_model.py")) -> None:
     """Pack a model and write it as a folder, telling progress as JSON lines; stops when standard input is closed."""
     out = event_stream()
-    from workers.export_model import export_once
+    from workers.export_model import JOB
 
-    raise typer.Exit(export_once(request, out, stdin=0))
+    raise typer.Exit(JOB.run(request, out, stdin=0))
 
 
 @app.command()
 def calibrate(request: str = typer.Argument(help="which device, as JSON; see workers/calibrate.py")) -> None:
     """Measure what a device can do at best and keep it, telling progress as JSON lines; stops when standard input is closed."""
     out = event_stream()
-    from workers.calibrate import calibrate_once
+    from workers.calibrate import JOB
 
-    raise typer.Exit(calibrate_once(request, out, stdin=0))
+    raise typer.Exit(JOB.run(request, out, stdin=0))
 
 
 if __name__ == "__main__":

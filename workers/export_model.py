@@ -1,43 +1,36 @@
 """Exporting a packed model in this process: the base with a lane's weight policies, written as a folder that ``--model`` takes.
 
-The request is one JSON object: ``{"model": NAME, "pipeline": {...}, "out": FOLDER, ...}`` (:class:`Request`). Events go out as
-JSON lines: phases and notes, then ``finished``, ``cancelled`` or ``failed``. Closing standard input stops between steps;
-the folder appears only when all of it is written.
+The request is one JSON object: ``{"model": NAME, "pipeline": {...}, "out": FOLDER, ...}`` (:class:`Request`). The folder appears
+only when all of it is written.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from studio_state import __version__
 from studio_state.errors import ModelError, SpecError, StudioError
-from studio_state.events import Cancelled as CancelledEvent
-from studio_state.events import Failed, Finished, Note, Phase
 from studio_state.experiment import ExperimentSpec, ModelInfo, WorkloadSpec
 from studio_state.pipeline import Pipeline
 from studio_state.problems import problems
 from workers import plan
 from workers.environment import environment, pick_device
 from workers.host import ModelHost
+from workers.job import Job, Progress
 from workers.lanes import Lane
 from workers.mechanisms.linear import held_bytes
 from workers.methods import Policy, catalogue, effective
 from workers.models.info import file_dtype
-from workers.models.packed_recipe import PackedRecipe, reason
+from workers.models.packed_recipe import PackedRecipe
 from workers.models.packed_save import save_packed
-from workers.serve import Writer
-from workers.session import Cancelled, Session
-from workers.train import CHECK, stop_at_the_end_of
+from workers.session import Session
 
 CALIBRATED_ON = {"llm": "prompts", "vlm": "vqa", "vit": "classify", "diffusion": "generate-images"}
 """Workload whose inputs policies calibrate on where none is given; language models read a text of the studio's whatever it is."""
@@ -63,40 +56,6 @@ class Request(BaseModel):
     threads: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
-
-
-def export_once(text: str, out: IO[str], stdin: int | None = None) -> int:
-    """Export what a request asks for; exit status 0 = the folder is there, 2 = refused."""
-    writer, stop, began = Writer(out), threading.Event(), time.monotonic()
-    stop_at_the_end_of(stdin, stop)
-
-    def say(text: str, done: float | None) -> None:
-        try:
-            writer.write(Phase(name="build", done=done, text=text))
-        except OSError:  # nobody listens any more
-            stop.set()
-
-    try:
-        recipe = export(Request.model_validate_json(text), say, stop.is_set)
-    except ValidationError as e:
-        writer.write(Failed(message=f"this is no request to export: {reason(e)}", phase=CHECK))
-        return 2
-    except SpecError as e:
-        writer.write(Failed(message=str(e), phase=CHECK, problems=[p.model_dump(mode="json") for p in e.problems]))
-        return 2
-    except Cancelled:
-        writer.write(CancelledEvent(message="stopped; nothing was written"))
-        return 1
-    except StudioError as e:
-        writer.write(Failed(message=str(e), phase="run"))
-        return 1
-    except Exception as e:
-        writer.write(Failed(message=f"the export ended with {type(e).__name__}: {e}", phase="run", detail=traceback.format_exc()))
-        return 1
-    if recipe.complaint:
-        writer.write(Note(text=recipe.complaint, level="warning"))
-    writer.write(Finished(seconds=time.monotonic() - began))
-    return 0
 
 
 def export(
@@ -236,3 +195,12 @@ def _common(allowed: Any) -> tuple[str, ...]:
     """What all of some lists allow, where an empty list allows everything."""
     lists = [a for a in allowed if a]
     return tuple(x for x in lists[0] if all(x in other for other in lists)) if lists else ()
+
+
+def _export(request: Request, progress: Progress) -> None:
+    recipe = export(request, progress.say, progress.is_stopped)
+    if recipe.complaint:
+        progress.note(recipe.complaint, warning=True)
+
+
+JOB = Job(Request, "export", "the export", "build", _export, lambda request: "nothing was written")

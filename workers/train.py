@@ -1,37 +1,28 @@
 """Training a recipe in this process: the folder it fills, what is told meanwhile, and how it is stopped.
 
-The request is one JSON object: ``{"recipe": ID, "out": FOLDER, "knobs": {...}, "seed": 0, "threads": null}``.
-Events go out as JSON lines: phases and notes, then ``finished``, ``cancelled`` or ``failed``. Closing
-standard input (or SIGINT, SIGTERM) stops between steps with the state kept.
+The request is one JSON object: ``{"recipe": ID, "out": FOLDER, "knobs": {...}, "seed": 0, "threads": null}``. It stops between
+steps with the state kept.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from studio_state.errors import SpecError, StudioError
-from studio_state.events import Cancelled as CancelledEvent
-from studio_state.events import Failed, Finished, Note, Phase
+from studio_state.errors import SpecError
+from workers.job import Job, Progress
 from workers.recipe import FACTS, make_recipe
-from workers.serve import Writer
-from workers.session import Cancelled
 from workers.training.loop import UNFINISHED, TrainingRun
 
 BEGUN, LOCK = "recipe.json", "lock"
-CHECK = "check"  # phase of a failure that is a refusal
 
 
 class Begun(BaseModel):
@@ -44,7 +35,7 @@ class Begun(BaseModel):
 
 
 class Request(BaseModel):
-    """What to train, where to, on how many CPU threads (None = all cores)."""
+    """What to train, where to, on how many CPU threads (None = all cores), scored on about so many examples (None = all)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: str
@@ -52,76 +43,26 @@ class Request(BaseModel):
     knobs: dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
+    examples: int | None = Field(None, ge=1)
 
 
-def train_once(text: str, out: IO[str], stdin: int | None = None, examples: int | None = None) -> int:
-    """Train what a request asks for; exit status 0 = the checkpoint is there, 2 = refused.
-
-    Args:
-        out: where the events go.
-        stdin: file descriptor whose end stops the training.
-        examples: score on about so many examples only.
-    """
-    writer, stop = Writer(out), threading.Event()
-    stop_at_the_end_of(stdin, stop)
-
-    def say(text: str, done: float | None) -> None:
-        try:
-            writer.write(Phase(name="run", done=done, text=text))
-        except OSError:  # nobody listens any more
-            stop.set()
-
-    try:
-        request = Request.model_validate_json(text)
-        recipe = make_recipe(request.recipe, request.knobs)
-        begun = Begun(recipe=request.recipe, knobs=recipe.model_dump(mode="json"), seed=request.seed)
-        stands = standing(request.out, begun)
-        if stands == "finished":
-            writer.write(
-                Note(text=f"{request.out} holds this already: {request.recipe} of the same knobs and seed; nothing was done")
-            )
-            writer.write(Finished())
-            return 0
-        torch.set_num_threads(request.threads or psutil.cpu_count(logical=False) or 1)
-        run = TrainingRun(request.out, request.seed, say, stop.is_set, examples)
-        with taken(request.out, begun):
-            if stands == "unfinished":
-                writer.write(Note(text=f"going on with what is unfinished in {request.out}"))
-            trained = recipe.train(run)
-    except ValidationError as e:
-        writer.write(Failed(message=f"this is no request to train: {e.errors()[0]['msg']}", phase=CHECK))
-        return 2
-    except SpecError as e:
-        writer.write(Failed(message=str(e), phase=CHECK, problems=[p.model_dump(mode="json") for p in e.problems]))
-        return 2
-    except Cancelled:
-        writer.write(CancelledEvent(message=f"stopped; the state is kept in {request.out / UNFINISHED}"))
-        return 1
-    except StudioError as e:
-        writer.write(Failed(message=str(e), phase="run"))
-        return 1
-    except Exception as e:
-        writer.write(
-            Failed(message=f"the training ended with {type(e).__name__}: {e}", phase="run", detail=traceback.format_exc())
-        )
-        return 1
-    writer.write(Finished(seconds=sum(trained.seconds.values())))
-    return 0
+def _train(request: Request, progress: Progress) -> float:
+    recipe = make_recipe(request.recipe, request.knobs)
+    begun = Begun(recipe=request.recipe, knobs=recipe.model_dump(mode="json"), seed=request.seed)
+    stands = standing(request.out, begun)
+    if stands == "finished":
+        progress.note(f"{request.out} holds this already: {request.recipe} of the same knobs and seed; nothing was done")
+        return 0.0
+    torch.set_num_threads(request.threads or psutil.cpu_count(logical=False) or 1)
+    run = TrainingRun(request.out, request.seed, progress.say, progress.is_stopped, request.examples)
+    with taken(request.out, begun):
+        if stands == "unfinished":
+            progress.note(f"going on with what is unfinished in {request.out}")
+        trained = recipe.train(run)
+    return sum(trained.seconds.values())
 
 
-def stop_at_the_end_of(stdin: int | None, stop: threading.Event) -> None:
-    """Set ``stop`` when standard input ends, or at SIGINT and SIGTERM; does nothing without a descriptor."""
-    if stdin is None:
-        return
-
-    def listen() -> None:
-        while os.read(stdin, 4096):
-            pass
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.set())
-    threading.Thread(target=listen, daemon=True).start()
+JOB = Job(Request, "train", "the training", "run", _train, lambda request: f"the state is kept in {request.out / UNFINISHED}")
 
 
 @contextmanager

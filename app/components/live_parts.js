@@ -42,7 +42,7 @@
       el('div', { class: 'ps-quiet lr-steps' }, lane.steps.toLowerCase() === lane.name.toLowerCase() ? '' : lane.steps),
       el('div', { class: 'ps-quiet' }, [lane.status, lane.items].filter(Boolean).join(' · ')));
     node.querySelector('.lr-now').replaceChildren(
-      el('span', { class: 'lr-big num' }, lane.now ? lane.now.text : '–'), el('span', { class: 'lr-unit' }, lane.now ? lane.now.unit : 'tokens/s'), el('span', { class: 'ps-quiet' }, lane.now?.when || ''));
+      el('span', { class: 'lr-big num' }, lane.now ? lane.now.text : '–'), el('span', { class: 'lr-unit' }, lane.now?.unit || ''), el('span', { class: 'ps-quiet' }, lane.now?.when || ''));
     node.querySelector('.lr-rows').replaceChildren(...lane.rows.map((row) => metricRow(row, compared.has(row.name))));
     node.querySelector('.lr-memory').replaceChildren(...lane.memory.map((m) => el('div', { class: 'lr-bar' },
       el('span', {}, m.title), el('span', { class: 'lr-track', 'aria-hidden': 'true' }, el('span', { class: 'lr-fill', style: `width:${(100 * m.share).toFixed(1)}%` })),

@@ -13,7 +13,7 @@ import torch
 from studio_state.costs import Device
 from studio_state.devices import kept_profiles
 from studio_state.paths import CACHE_VARIABLE, DATA_VARIABLE
-from workers.calibrate import calibrate_once
+from workers.calibrate import JOB
 from workers.meters import device_profile as meter
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def asked(**request: Any) -> tuple[int, list[dict[str, Any]]]:
     out = io.StringIO()
-    status = calibrate_once(json.dumps(request), out)
+    status = JOB.run(json.dumps(request), out)
     return status, [json.loads(line) for line in out.getvalue().splitlines()]
 
 

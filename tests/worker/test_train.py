@@ -28,7 +28,7 @@ from workers.models.info import model_info
 from workers.models.resolve import resolve
 from workers.recipe import Trained, make_recipe
 from workers.session import Cancelled
-from workers.train import train_once
+from workers.train import JOB
 from workers.training.loop import UNFINISHED, TrainingRun
 
 VIT = {"steps": 6, "layers": 1, "width": 32, "batch_size": 8}
@@ -172,7 +172,7 @@ def worker(out: Path, recipe: str, knobs: dict[str, Any], **more: Any) -> tuple[
     """One request to the worker, in this process."""
     stream = io.StringIO()
     request = {"recipe": recipe, "out": str(out), "knobs": knobs, "threads": 1, **more}
-    status = train_once(json.dumps(request), stream, examples=12)
+    status = JOB.run(json.dumps({**request, "examples": 12}), stream)
     return status, [decode(line) for line in stream.getvalue().splitlines()]
 
 
