@@ -92,7 +92,7 @@ def summary(told: CacheMap, pieces: Sequence[str], correct: bool | None) -> str:
     if end is None:
         return text
     first, stop = told.marked
-    named = "".join(pieces[first:stop]).strip()
+    named = "".join(pieces[first:stop]).strip(" .")
     text += f" The needle{f', “{named}”,' if named else ''} is tokens {first + 1:,} to {stop:,}: {end['words']}"
     if end["lost"] and len(at) > 1:
         text += f", first {next(when(f) for f, n in zip(told.frames, at, strict=True) if n and n['lost'])}"

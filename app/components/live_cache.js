@@ -1,7 +1,7 @@
 // A cache under the microscope: a row a head, layer by layer, a column a position, at several moments of the answer.
 (() => {
   const PS = window.ParetoStudio, { el, svg, button } = PS;
-  const HIGH = 300, HIGHEST_ROW = 10, GAP = 1, WIDEST = 320, LONG = 1000, NEAR = 12, TICKS = 6, HIDDEN = 0.001, LOW = 120, TALL = 640, FAINTEST = 0.35;
+  const HIGH = 300, HIGHEST_ROW = 10, GAP = 1, WIDEST = 320, LONG = 1000, NEAR = 12, TICKS = 6, HIDDEN = 0.001, LOW = 120, BESIDE = 240, TALL = 640, FAINTEST = 0.35;
 
   /** Rows of bits, a row a head; each row is filled up to whole bytes. */
   const unpack = (frame) => {
@@ -26,7 +26,7 @@
   function view(data, lane, lanes, images, src, set, choose) {
     const rows = rowsOf(lane.heads), total = lane.frames.at(-1).positions, prompt = lane.frames[0].positions, high = Math.max(1, Math.min(HIGHEST_ROW, Math.round(HIGH / rows.length)));
     const tabs = lanes.length < 2 ? '' : el('div', { class: 'lr-tabs', role: 'group', 'aria-label': 'Lane under the microscope' }, lanes.map((l) => button([PS.laneMark(l), ` ${l.name}`], () => choose(l.lane), { class: 'pe-small', 'aria-pressed': String(l.lane === lane.lane), 'data-act': `lane ${l.lane}` })));
-    const height = rows.length * high + (lane.heads.length - 1) * GAP, canvas = el('canvas', { width: total, height, class: `lc-map${height > TALL ? ' lc-fine' : ''}`, style: `color:${lane.colour};height:${Math.max(LOW, Math.min(TALL, height))}px` });
+    const height = rows.length * high + (lane.heads.length - 1) * GAP, canvas = el('canvas', { width: total, height, class: `lc-map${height > TALL ? ' lc-fine' : ''}`, style: `color:${lane.colour};height:${Math.max(images ? BESIDE : LOW, Math.min(TALL, height))}px` });
     const cross = ['x', 'y'].map((side) => el('span', { class: `lc-cross lc-${side}`, hidden: true }));
     const at100 = (column) => `${100 * column / total}%`, from = total > prompt ? el('span', { class: 'lc-answer', style: `left:${at100(prompt)}` }) : '';
     const mark = data.marked.length ? el('span', { class: 'lc-marked', style: `left:${at100(data.marked[0])};width:${at100(data.marked[1] - data.marked[0])}` }) : '';
