@@ -127,22 +127,24 @@ def bench(plan: Plan) -> None:
 
 
 def cases(plan: Plan, unread: str) -> list[Case]:
-    """The models of each family. The one that the plan names comes last, and not in a smoke run: it is as large as one likes.
+    """The models of each family; the one that the plan names comes last. A smoke run has one small model a family.
 
     Args:
         unread: file with a text that no model of the novels was trained on, and no policy is calibrated on.
     """
     text = {"context": CONTEXT, "score": SCORED, "file": unread}
-    drawn = {"steps": STEPS}
-    found = [
-        *(Case(m, "perplexity", 8, PERPLEXITY, options=text) for m in ("austen-target", "austen-moe", "austen-hybrid")),
-        Case("scene-vlm", "vqa", 36, ACCURACY),
-        Case("fashion-vit", "classify", 500, ACCURACY, batch=50),
-        *(Case(m, "generate-images", 20, AGREEMENT, PSNR, batch=20, options=drawn) for m in (plan.drawing_model, "fashion-unet")),
-    ]
+    target, moe, hybrid = (
+        Case(m, "perplexity", 8, PERPLEXITY, options=text) for m in ("austen-target", "austen-moe", "austen-hybrid")
+    )
+    seen, told_apart = Case("scene-vlm", "vqa", 36, ACCURACY), Case("fashion-vit", "classify", 500, ACCURACY, batch=50)
+    drawn, unet = (
+        Case(m, "generate-images", 20, AGREEMENT, PSNR, batch=20, options={"steps": STEPS})
+        for m in (plan.drawing_model, "fashion-unet")
+    )
     if plan.rounds <= 4:
-        return [replace(case, items=2) for case in found]
-    return [*found, Case(plan.model, "perplexity", 4, PERPLEXITY, options={**text, "score": SCORED // 2})]
+        return [replace(case, items=2) for case in (target, seen, told_apart, drawn)]
+    asked = Case(plan.model, "perplexity", 4, PERPLEXITY, options={**text, "score": SCORED // 2})
+    return [target, moe, hybrid, seen, told_apart, drawn, unet, asked]
 
 
 def unread_text() -> str:
