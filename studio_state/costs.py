@@ -29,6 +29,7 @@ class Device(BaseModel):
         threads: CPU threads that the measurement used; None elsewhere.
         calibrated: day of a calibration (``2026-01-31``); empty where it was only measured in passing.
         reference: what a published profile is taken from.
+        busy: other programs ran while it was measured, so the device can do more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class Device(BaseModel):
     threads: int | None = None
     calibrated: str = ""
     reference: str = ""
+    busy: bool = False
 
     def best(self, dtype: str) -> float:
         """Peak of a number format; of one that is not listed the highest that is, integers aside."""
@@ -51,9 +53,10 @@ class Device(BaseModel):
         if self.source == "published":
             return f"published ({self.reference})" if self.reference else "published"
         threads = f" on {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        beside = " while other programs ran" if self.busy else ""
         if self.calibrated:
-            return f"calibrated here on {self.calibrated}{threads}"
-        return f"measured here in passing{threads}; `pareto-studio calibrate` measures longer"
+            return f"calibrated here on {self.calibrated}{threads}{beside}"
+        return f"measured here in passing{threads}{beside}; `pareto-studio calibrate` measures longer"
 
     def ridge(self, dtype: str) -> float:
         """Operations a byte at which both limits are reached together."""

@@ -59,6 +59,8 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path)
 
 def test_where_numbers_come_from_in_words() -> None:
     assert MINE.origin == "calibrated here on 2026-01-31 on 2 threads"
+    busy = MINE.model_copy(update={"busy": True})
+    assert busy.origin == "calibrated here on 2026-01-31 on 2 threads while other programs ran"
     passing = MINE.model_copy(update={"calibrated": "", "threads": 1})
     assert passing.origin == "measured here in passing on 1 thread; `pareto-studio calibrate` measures longer"
     assert Device(name="x", bandwidth=1, peak={"float32": 1}).origin == "published"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,6 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(meter, "STREAM_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(meter, "EDGE", {"cpu": 128})
     monkeypatch.setattr(meter, "QUICK", 0.0)
+    monkeypatch.setattr(meter, "_of_this_process", {})
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 1.0)  # a quiet machine
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "data"))
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "data"
@@ -50,6 +53,16 @@ def test_a_calibration_measures_all_formats_and_the_analyzers_use_it(quick: Path
     assert meter.device_profile(CPU) == kept
     file.write_text("torn")
     assert meter.device_profile(CPU) == passing
+
+
+def test_what_is_measured_on_a_busy_machine_says_so_and_is_not_kept(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 90.0)
+    passing = meter.device_profile(CPU)
+    assert passing.busy
+    assert meter.device_profile(CPU) == passing  # all lanes of a run see the same
+    assert not list(quick.parent.glob("cache/**/*.json"))
+    meter.calibrate(CPU, 0.0, quick, lambda what, done: None)
+    assert meter.device_profile(CPU).origin.endswith("while other programs ran")
 
 
 def test_a_profile_of_other_threads_is_not_taken(quick: Path) -> None:

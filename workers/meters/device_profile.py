@@ -14,7 +14,7 @@ from studio_state.costs import Device
 from studio_state.devices import profile_file, read_profile, write_profile
 from studio_state.errors import StoreError
 from studio_state.paths import default_cache_root, default_data_root
-from workers.environment import device_name
+from workers.environment import device_name, other_load
 
 STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far more than any cache holds
 EDGE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied at most
@@ -24,21 +24,29 @@ FORMATS = (*IN_PASSING, "float16", "int8")
 SMALL_EDGE = 128
 LEAST = 6  # runs of each measurement, however short it should be
 Tell = Callable[[str, float], None]
+_of_this_process: dict[Path, Device] = {}
 
 
 def device_profile(device: torch.device) -> Device:
     """The profile of a device at the present number of threads.
 
     The calibrated one, if the data directory has it; else the one that an earlier run measured in passing; else it is
-    measured now, for a second or two.
+    measured now, for a second or two. What is measured in passing while other programs run is kept by
+    this process only, so that all lanes of a run are held against the same.
     """
     for root in (default_data_root(), default_cache_root()):
         found = read_profile(place(root, device))
         if found is not None:
             return found
+    file = place(default_cache_root(), device)
+    if file in _of_this_process:
+        return _of_this_process[file]
     measured = measure(device, QUICK, IN_PASSING)
+    if measured.busy:
+        _of_this_process[file] = measured
+        return measured
     with contextlib.suppress(StoreError):  # measured again next time
-        write_profile(place(default_cache_root(), device), measured)
+        write_profile(file, measured)
     return measured
 
 
@@ -70,6 +78,7 @@ def measure(
         formats: of the products; one that PyTorch cannot multiply on the device is left out.
         tell: hears what is measured and the share that is done.
     """
+    busy = bool(other_load(device))
     each, peak = seconds / (1 + len(formats)), {}
     tell("memory bandwidth", 0.0)
     size = STREAM_BYTES[device.type]
@@ -80,7 +89,9 @@ def measure(
         tell(f"products in {name}", (1 + i) / (1 + len(formats)))
         with contextlib.suppress(RuntimeError, NotImplementedError):
             peak[name] = _peak(name, device, each)
-    return Device(name=device_name(device), bandwidth=bandwidth, peak=peak, source="measured", threads=_threads(device))
+    return Device(
+        name=device_name(device), bandwidth=bandwidth, peak=peak, source="measured", threads=_threads(device), busy=busy
+    )
 
 
 def _peak(name: str, device: torch.device, seconds: float) -> float:
