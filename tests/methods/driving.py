@@ -21,6 +21,7 @@ from workers.families.batches import State, make_batch
 from workers.families.llm import LanguageFamily
 from workers.mechanisms import attention
 from workers.methods import Policy
+from workers.models.alignment import align
 from workers.models.info import model_info
 from workers.models.resolve import resolve
 from workers.session import Session
@@ -38,6 +39,7 @@ def load(folder: Path) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation(attention.NAME)
+    align(model)
     return model
 
 
@@ -46,7 +48,9 @@ def library_model(folder: Path, attention_implementation: str) -> Any:
     """A copy of its own for oracles: asking the library for its attention maps leaves hooks in a model for good."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_implementation).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_implementation).eval()
+    align(model)
+    return model
 
 
 @cache

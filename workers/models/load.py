@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto as auto
 from studio_state.errors import ModelError, Unavailable
 from studio_state.experiment import number_format
 from workers.models import gguf_file
+from workers.models.alignment import align
 from workers.models.info import architecture, class_names, family
 from workers.models.packed_load import load_packed
 from workers.models.pipeline_folder import load_pipeline
@@ -98,7 +99,9 @@ def load_model(resolved: Resolved, dtype: torch.dtype, device: str = "cpu", attn
             raise
         except Exception as e:  # libraries raise all kinds here; one sentence with their reason
             raise ModelError(f"{resolved.name} cannot be loaded: {first_line(e)}") from e
-    return Loaded(model.requires_grad_(False).eval(), tokenizer, images)
+    model.requires_grad_(False).eval()
+    align(model)
+    return Loaded(model, tokenizer, images)
 
 
 def library_class_of(resolved: Resolved, kind: str) -> Any:
