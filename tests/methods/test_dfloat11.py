@@ -40,7 +40,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def coded_again(weight: Tensor) -> DynamicFloatLinear:
     new = DynamicFloatLinear.of(weight, None)
-    assert same_bits(new.weight(), weight)
+    assert same_bits(new.decoded(), weight)
     assert new.nbytes() == sum(new.parts().values()) == sum(new.ledger().values())
     return new
 
@@ -127,7 +127,7 @@ def test_products_are_the_plain_ones_to_the_last_bit() -> None:
         turned.weight.normal_()
         new = DynamicFloatLinear.of(turned.weight.T, turned.bias)
         assert new.turned
-        assert same_bits(new.weight().T, turned.weight)
+        assert same_bits(new.decoded().T, turned.weight)
         assert same_bits(new(x), turned(x))
         assert new.lookup(dtype) is None
 
@@ -138,7 +138,7 @@ def test_fused_parts_are_coded_anew() -> None:
     whole = DynamicFloatLinear.fuse([DynamicFloatLinear.of(p.weight, p.bias) for p in parts])
     assert whole is not None
     assert whole.replaces == 3
-    assert same_bits(whole.weight(), torch.cat([p.weight for p in parts]))  # type: ignore[operator]
+    assert same_bits(whole.decoded(), torch.cat([p.weight for p in parts]))  # type: ignore[operator]
     other = DynamicFloatLinear.of(parts[0].weight.float(), parts[0].bias)
     assert DynamicFloatLinear.fuse([other, DynamicFloatLinear.of(parts[1].weight, parts[1].bias)]) is None
 

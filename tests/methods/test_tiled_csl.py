@@ -53,7 +53,7 @@ def test_every_bit_comes_back(shape: tuple[int, int], dtype: torch.dtype, zeros:
     weight = sparse(shape, zeros, dtype)
     weight[0, 1:5] = torch.tensor([torch.nan, -torch.inf, -0.0, torch.finfo(dtype).smallest_normal / 4])
     new = TiledSparseLinear.of(weight, None)
-    assert same_bits(new.weight(), weight)
+    assert same_bits(new.decoded(), weight)
     assert new.nbytes() == sum(new.ledger().values())
     lists = [new.places[UNIT * a : UNIT * b] for a, b in zip(new.offsets, new.offsets[1:], strict=False)]
     assert all(bool((one.diff() > 0).all()) for one in lists)  # in order, none twice
@@ -86,7 +86,7 @@ def test_fused_parts_are_tiled_anew() -> None:
     whole = TiledSparseLinear.fuse([TiledSparseLinear.of(p.weight, p.bias) for p in parts])
     assert isinstance(whole, TiledSparseLinear)
     assert len(whole.offsets) == 2 + 1  # 130 rows
-    assert torch.equal(whole.weight(), torch.cat([p.weight for p in parts]))
+    assert torch.equal(whole.decoded(), torch.cat([p.weight for p in parts]))
     half = TiledSparseLinear.of(parts[0].weight.half(), parts[0].bias)
     assert TiledSparseLinear.fuse([half, TiledSparseLinear.of(parts[1].weight, parts[1].bias)]) is None
 

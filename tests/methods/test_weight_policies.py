@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from studio_state.errors import SpecError
-from tests import tiny
+from tests import tiny, tiny_states
 from tests.methods.drawing import OWN, opened, pipeline_folder
 from tests.methods.driving import attached, generate, make_session, prompt, tokens
 from workers.mechanisms import packing
@@ -21,6 +21,7 @@ from workers.mechanisms.linear import Convolved, DenseLinear, Replacement, bias_
 from workers.mechanisms.packed_linear import BitPlaneLinear, Int4Linear, Int8Linear
 from workers.mechanisms.weight_places import places
 from workers.mechanisms.weight_policy import replacements, targets, weight_bytes, weight_metrics
+from workers.methods import discover
 from workers.policies.prune.expert_prune import ExpertPrune
 from workers.policies.prune.magnitude import Magnitude
 from workers.policies.quantize.rtn import RoundToNearest
@@ -167,3 +168,14 @@ def test_each_width_of_code_is_smaller_than_the_next() -> None:
             assert {type(m) for m in made} == {Int8Linear, {4: Int4Linear, 8: Int8Linear}.get(bits, BitPlaneLinear)}
             sizes.append(sum(m.ledger()["codes"] for m in made))
     assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("name", [n for n, cls in discover().items() if cls.card.alters_weights and not cls.card.traits])
+def test_pure_state_space_models_whose_code_asks_for_the_head_s_format(name: str) -> None:
+    """Mamba reads ``lm_head.weight.dtype`` in every forward."""
+    session = make_session(tiny_states.mamba2_folder())
+    plain = tokens(generate(session, [prompt(24)], 4))
+    with attached(session, discover()[name]()):
+        assert len(tokens(generate(session, [prompt(24)], 4))[0]) == 4
+    assert session.acted[name] > 0
+    assert tokens(generate(session, [prompt(24)], 4)) == plain

@@ -79,7 +79,7 @@ class DynamicFloatLinear(ExactLinear):
         coded_bits = int((torch.bincount(exponents, minlength=256) * coded.lengths).sum())
         return cls(mantissas, rest, *coded, coded_bits, weight.shape[0], turned, weight.dtype, bias)
 
-    def weight(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """[N, K], every bit as it was; decoded piece by piece into one matrix."""
         flat = torch.empty(len(self.mantissas), dtype=self.number_format, device=self.mantissas.device)
         start = 0
@@ -98,7 +98,7 @@ class DynamicFloatLinear(ExactLinear):
             ValueError: a table that lies in memory column by column has no rows to read.
         """
         if self.turned:
-            raise ValueError("the weights lie column by column; a row cannot be decoded by itself, take weight()")
+            raise ValueError("the weights lie column by column; a row cannot be decoded by itself, take decoded()")
         width = self.in_features
         first, spare = ids * width // LANE, torch.arange((width - 1) // LANE + 2, device=ids.device)
         lanes = (first[:, None] + spare).clamp_(max=len(self.lanes) - 1)

@@ -29,7 +29,7 @@ class ExactLinear(Replacement):
     number_format: torch.dtype
 
     @abstractmethod
-    def weight(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """The weights [N, K] in their own number format."""
 
     @classmethod
@@ -39,11 +39,11 @@ class ExactLinear(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        return F.linear(x, self.decoded().to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
         """The weights as float32 [N, K]."""
-        return self.weight().float()
+        return self.decoded().float()
 
     def table_bytes(self, *names: str) -> int:
         """Bytes of some of its buffers; one that is not there takes none."""
@@ -52,7 +52,7 @@ class ExactLinear(Replacement):
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Rows of all parts, coded anew."""
-        return cls.of(torch.cat([p.weight() for p in parts]), join_bias(parts))
+        return cls.of(torch.cat([p.decoded() for p in parts]), join_bias(parts))
 
     def layout(self) -> Hashable:
         """Same width and number format."""

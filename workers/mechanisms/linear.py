@@ -126,6 +126,11 @@ class Replacement(Storable, ABC):
         """Metric -> what one input row takes here, and what it takes as a product of floats: counted or simulated, not measured."""
         return {}
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, in float32: Mamba's code turns what it gives the output head into the format of the head's weights."""
+        return torch.empty(0)
+
     @abstractmethod
     def matrix(self) -> Tensor:
         """The weights it multiplies with, as float32 [N, K]."""
@@ -162,12 +167,18 @@ class DenseLinear(Replacement):
         weight: [N, K].
     """
 
-    weight: Tensor
     in_model_dtype = ("weight", "bias")
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        self.register_buffer("weight", weight)
+        self._buffers["weight"] = weight  # register_buffer refuses the name of a property
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K]."""
+        weight = self._buffers["weight"]
+        assert weight is not None
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""

@@ -78,7 +78,7 @@ class TiledSparseLinear(ExactLinear):
         offsets = F.pad(torch.cat(lengths).cumsum(0), (1, 0)).to(torch.int32)
         return cls(torch.cat(values), torch.cat(places), offsets, stored, *weight.shape, kernel, bias)
 
-    def weight(self) -> Tensor:
+    def decoded(self) -> Tensor:
         """[N, K], every bit as it was; set up a few rows of tiles at a time."""
         out = torch.empty(self.out_features, self.in_features, dtype=self.number_format, device=self.values.device)
         wide, starts = -(-self.in_features // TILE_WIDTH), UNIT * self.offsets.long()
