@@ -26,8 +26,9 @@ def expected(name: str, prompt: int, held: list[float]) -> list[int]:
         lazy = 4 + round(prompt / 4)
         assert min(held) == lazy
         return [lazy if n < prompt else prompt for n in held]
-    if name == "pyramidkv":  # a line from nearly twice the mean to a twentieth of it, at least the 32 that vote
-        return [max(32, round(share * prompt)) for share in np.linspace(2 * 0.5 - 0.5 / 20, 0.5 / 20, layers)]
+    if name == "pyramidkv":  # beside the 32 that vote a line from nearly twice the mean of what they leave to a twentieth of it
+        mean = 0.5 * prompt - 32
+        return [32 + round(n) for n in np.linspace(2 * mean - mean / 20, mean / 20, layers)]
     return [round(policy.keep * prompt) if isinstance(policy, Budgeted) else prompt] * layers
 
 
