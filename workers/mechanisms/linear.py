@@ -243,11 +243,6 @@ class Convolved(Storable):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True for linear maps, the library's or a replacement."""
-    return isinstance(module, nn.Linear | Conv1D | Replacement)
-
-
 def matrix_of(module: Any) -> Tensor:
     """Weights [N, K] of a linear module, a convolution or a replacement (as another policy left them)."""
     if isinstance(module, Convolved):
