@@ -22,6 +22,7 @@ from workers.mechanisms.expert_linears import ExpertLinears, expert_map
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.weight_places import Places, find_places
 from workers.mechanisms.weight_policy import Spot, WeightPolicy, build
+from workers.models.alignment import align
 from workers.models.checkpoint import Checkpoint
 from workers.models.load import library_class_of
 from workers.models.talk import Progress, quiet_library, silent
@@ -72,6 +73,7 @@ def load_compressed(
             progress("load", i / len(names), f"compressing {name}")
             (_replace_experts if name in spots.experts else _replace)(model, files, policies, spots, name)
         _load_rest(model, files, spots)
+    align(model)
     if (resolved.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(resolved.path, local_files_only=True)
     return Compressed(model.requires_grad_(False).eval(), spots)
