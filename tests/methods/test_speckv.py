@@ -92,10 +92,10 @@ def test_nothing_of_the_look_ahead_stays() -> None:
         index = cut.group.logical(1, session.device)[..., None].expand(-1, -1, -1, 16)
         for a, b in zip(cut.group.store.read(), whole.group.store.read(), strict=True):
             assert torch.equal(a, b.gather(2, index))
-    with attached(session, SpecKV(keep=0.6, layers="given", layer_shares="99, 1")):  # the first layer keeps all
+    with attached(session, SpecKV(keep=0.6, window=8, layers="given", layer_shares="99, 1")):  # the first layer keeps all, the other what is left of 72
         state = prefill(session, PROMPT)
-    assert [layer.stored for layer in state.cache.layers] == [60, 32]
-    assert state.cache.nbytes() == (60 + 32) * 2 * 2 * 16 * 4
+    assert [layer.stored for layer in state.cache.layers] == [60, 12]
+    assert state.cache.nbytes() == (60 + 12) * 2 * 2 * 16 * 4
 
 
 def test_a_prompt_within_the_budget_is_the_baseline() -> None:
