@@ -73,7 +73,7 @@ def test_every_set_of_resources_that_a_policy_can_have_is_paired() -> None:
             assert uses_of(name, **dict(zip(matter, values, strict=True))) in paired, (name, values)
 
 
-@pytest.mark.parametrize("text", sampled([*PAIRS, *TURNED_PAIRS, *STACKS], 8))
+@pytest.mark.parametrize("text", sampled([*PAIRS, *TURNED_PAIRS, *STACKS], 16))
 def test_runs_and_all_act(text: str) -> None:
     policies = effective(parse_pipeline(text))
     session = make_session(folder_for(*(p.card for p in policies)))

@@ -62,8 +62,8 @@ QUESTIONS = {  # each such that a guess of every policy that drafts is right onc
 }
 NEW = 20
 SAME = {("tome", "smolvlm"): {"visual_tokens"}}  # a token is of several patches there: all of them still enter
-FIRST = ("llava", "vit")  # every policy runs on these two each time, and on one in four of the others
-every_case = pytest.mark.parametrize(("name", "model"), sampled(FITTING, 4, always=lambda case: case[1] in FIRST))
+FIRST = ("llava", "vit")  # every policy runs on these two each time, and on one in eight of the others
+every_case = pytest.mark.parametrize(("name", "model"), sampled(FITTING, 8, always=lambda case: case[1] in FIRST))
 
 
 def info(model: str) -> ModelInfo:
@@ -321,7 +321,7 @@ def legal_pairs(model: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("text", "model"), sampled(((text, model) for model in ("llava", "vit", "clip_vision") for text in legal_pairs(model)), 8)
+    ("text", "model"), sampled(((text, model) for model in ("llava", "vit", "clip_vision") for text in legal_pairs(model)), 16)
 )
 def test_every_legal_pair_runs_and_both_act(text: str, model: str) -> None:
     policies = [POLICIES[name]() for name in text.split("+")]

@@ -110,7 +110,7 @@ def test_a_dragged_race_shows_the_numbers_of_the_command_line(page: Page, real: 
     page.keyboard.press("Tab")
     run(page)
     wait_status(page, "finished", timeout=PATIENCE_MS)
-    _, errors = real.command_line.communicate(timeout=60)
+    _, errors = real.command_line.communicate(timeout=PATIENCE_MS / 1000)
     assert real.command_line.returncode == 0, errors
     report = json.loads(real.document.read_text())
     for metric in SAME_EVERYWHERE:
