@@ -58,7 +58,9 @@ class OnPage(NamedTuple):
 def show_model(ctx: Context, model: str) -> Data:
     """What is known of a model before the worker was asked."""
     info = ctx.models.known(model or "")
-    return facts(pending_rows(info, ctx.estimate_errors()), info.note) if info else facts([], "Looking up this model…" if model else "Choose a model.")
+    if info is None:
+        return facts([], "Looking up this model…" if model else "Choose a model.")
+    return facts(pending_rows(info, ctx.estimate_errors()), info.note)
 
 
 def workload_choices(catalog: Catalog, family: str) -> list[tuple[str, str]]:

@@ -152,7 +152,8 @@ def test_bytes_are_exact_tensor_sums() -> None:
     stored = [LENGTH + 1 + i for i in range(NEW_TOKENS - 1)]  # entries after each step
     per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
     assert operations["attention"]["kv_bytes"] == pytest.approx(per_token * sum(stored) / len(stored))
-    for o in operations.values():  # two operations for the four bytes of each weight or entry, twice that where two heads share it
+    # two operations for the four bytes of each weight or entry, twice that where two heads share an entry
+    for o in operations.values():
         assert o["flops"] == o["weight_bytes"] / 2 + o["kv_bytes"]
 
 

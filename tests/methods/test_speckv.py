@@ -92,7 +92,7 @@ def test_nothing_of_the_look_ahead_stays() -> None:
         index = cut.group.logical(1, session.device)[..., None].expand(-1, -1, -1, 16)
         for a, b in zip(cut.group.store.read(), whole.group.store.read(), strict=True):
             assert torch.equal(a, b.gather(2, index))
-    with attached(session, SpecKV(keep=0.6, window=8, layers="given", layer_shares="99, 1")):  # the first layer keeps all, the other what is left of 72
+    with attached(session, SpecKV(keep=0.6, window=8, layers="given", layer_shares="99, 1")):  # all, and what is left of 72
         state = prefill(session, PROMPT)
     assert [layer.stored for layer in state.cache.layers] == [60, 12]
     assert state.cache.nbytes() == (60 + 12) * 2 * 2 * 16 * 4

@@ -15,7 +15,15 @@ DEVICE = {"name": "A machine", "bandwidth": 10e9, "peak": {"float32": 100e9}, "s
 
 def findings(seconds: float, kinds: dict[str, float], moved: float) -> list[tuple[str, dict[str, Any]]]:
     """What both analyzers say of one lane's decode step."""
-    work = {"name": "q_proj", "group": "maps", "flops": 10e6, "weight_bytes": moved, "bytes": moved, "seconds": moved / 10e9, "bound": "memory"}
+    work = {
+        "name": "q_proj",
+        "group": "maps",
+        "flops": 10e6,
+        "weight_bytes": moved,
+        "bytes": moved,
+        "seconds": moved / 10e9,
+        "bound": "memory",
+    }
     told = {"seconds": seconds, "steps": 8, "kinds": {**dict.fromkeys(KINDS, 0.0), **kinds}, "operators": [], "slowed": 1.2}
     return [
         ("runtime-dissection", {"phases": {"decode": told}}),
