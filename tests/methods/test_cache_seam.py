@@ -155,7 +155,7 @@ def test_ragged_cache_equals_an_explicit_mask(
         ids = torch.randint(3, tiny.VOCAB, (len(lengths), t), generator=generator)
         with torch.inference_mode():
             ours = session.family.step(session, state, ids)
-        torch.testing.assert_close(ours, reference.step(ids), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(ours, reference.step(ids), rtol=1e-5, atol=2e-5)
         assert [g.store.length for layer in state.cache.layers for g in layer.groups] == [
             int(alive[0, head].sum()) for alive in reference.alive for head in range(alive.shape[1])
         ]
@@ -187,8 +187,8 @@ def test_prefill_caches_equal_the_librarys(chunk: int | None) -> None:
     state, reference = prefill(session, ids), Reference(session, [ids], None)
     for ours, theirs in zip(state.cache.layers, reference.cache.layers, strict=True):
         keys, values = ours.group.store.read()
-        torch.testing.assert_close(keys, theirs.keys, rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(values, theirs.values, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(keys, theirs.keys, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(values, theirs.values, rtol=1e-5, atol=2e-5)
 
 
 def test_crop_takes_back_exactly_what_came_last() -> None:
