@@ -59,6 +59,15 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float], drop:
         page.mouse.up()
 
 
+def drag_into(page: Page, source: Locator, target: Locator) -> None:
+    """Drag one element into another, once both are in view: bringing the second there may move the first."""
+    for _ in range(5):
+        start, end = centre(source), centre(target)
+        if centre(source) == start:
+            break
+    drag(page, start, end)
+
+
 def card(page: Page, policy: str) -> Locator:
     """A policy in the palette."""
     return page.locator(f".pe-card[data-policy={policy}] .pe-title")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.ui.acts import card, centre, drag, example, lane_column, run, steps, wait_status
+from tests.ui.acts import card, drag_into, example, lane_column, run, steps, wait_status
 from tests.ui.conftest import open_studio, stop
 from tests.ui.real_studio import PROGRAM, link, start_real_studio, worker_of
 
@@ -102,9 +102,9 @@ def start_long(page: Page) -> None:
 def test_a_dragged_race_shows_the_numbers_of_the_command_line(page: Page, real: Real) -> None:
     open_studio(page, link(real.url, real.model, "needle", NEEDLE, SHORT))
     lanes = page.locator("[data-lane]")
-    drag(page, centre(card(page, "snapkv")), centre(lanes.nth(0).locator("[data-steps]")))
+    drag_into(page, card(page, "snapkv"), lanes.nth(0).locator("[data-steps]"))
     page.get_by_role("button", name="+ Add a lane").click()
-    drag(page, centre(card(page, "rtn")), centre(lanes.nth(1).locator("[data-steps]")))
+    drag_into(page, card(page, "rtn"), lanes.nth(1).locator("[data-steps]"))
     assert (steps(page, 0), steps(page, 1)) == (["SnapKV"], ["Round-to-nearest"])
     page.get_by_role("spinbutton", name="bits").fill("4")
     page.keyboard.press("Tab")
