@@ -37,6 +37,7 @@ RESOURCES: dict[str, str] = {
     "kv.uniform": "all layers and heads hold the same positions",
     "residual.depth": "which layers run",
     "activations.sparsity": "which activations are treated as zero",
+    "activations.format": "in which number format activations enter linear maps",
     "experts.routing": "which experts a token visits",
     "experts.weights": "which experts exist and where they are kept",
     "denoise.schedule": "how many denoising steps run and at which times",

@@ -13,6 +13,7 @@ import torch
 
 from studio_state import __version__
 from studio_state.errors import Unavailable
+from workers.mechanisms.native import kernels
 
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "safetensors")
 
@@ -62,6 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         "logical_cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "native_kernels": kernels().told,
         "memory_bytes": psutil.virtual_memory().total,
         "load_1min": round(load[0], 2),
         "other_load": other_load(device),

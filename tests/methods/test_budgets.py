@@ -15,7 +15,9 @@ from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import KVLayer, StudioCache
 from workers.mechanisms.eviction import Guarded, keep_best_of_all, mixed_budgets
 from workers.mechanisms.evictor import Budgeted, Evictor
+from workers.mechanisms.kv_store import gather_entries
 from workers.mechanisms.layer_budgets import layer_shares
+from workers.mechanisms.ranking import best_of_all_real
 from workers.methods import Policy, discover
 from workers.policies.kv.adakv import AdaKV
 from workers.policies.kv.pyramidkv import PyramidKV
@@ -226,3 +228,29 @@ def test_between_chunks_scores_come_from_what_is_left() -> None:
         prefill(session, prompt(40))
     assert [len(v) for v in votes] == [10, 18, 18, 18]  # 8 kept and 10 new, from the second chunk on
     assert all(set(v[:8].tolist()) <= set(range(10 * i)) for i, v in enumerate(votes) if i)
+
+
+@pytest.mark.parametrize("count", [1, 18, 19])
+def test_the_best_of_all_entries_is_what_sorting_says(count: int) -> None:
+    scores = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
+    wanted = scores.argsort(-1, descending=True)[..., :count].sort(-1).values
+    assert torch.equal(best_of_all_real(scores, count), wanted)  # 19: a single one leaves
+
+
+def test_one_entry_leaves_by_hand() -> None:
+    scores = torch.tensor([[[3.0, 1.0, 2.0], [0.0, 5.0, float("inf")], [2.0, 1.0, 0.5]]])
+    assert best_of_all_real(scores, 2).tolist() == [[[0, 2], [1, 2], [0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "shown", "heads"),
+    [(1, slice(None), slice(None)), (1, slice(0, 6), slice(None)), (1, slice(2, 7), slice(1, 3)), (2, slice(1, 8), slice(0, 1))],
+    ids=["whole", "room behind", "window of some heads", "batch"],
+)
+def test_entries_are_gathered_from_any_window_of_a_store(batch: int, shown: slice, heads: slice) -> None:
+    x = torch.randn(batch, 3, 9, 4)[:, heads, shown]
+    index = torch.rand(batch, x.shape[1], x.shape[2]).argsort(-1)[..., :4]
+    rows = [torch.stack([x[b, h, i] for i in index[b, h]]) for b in range(batch) for h in range(x.shape[1])]
+    assert torch.equal(gather_entries(x, index), torch.stack(rows).view(batch, -1, 4, 4))
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)  # rows that do not stand in one piece
+    assert torch.equal(gather_entries(turned, index), gather_entries(x, index))

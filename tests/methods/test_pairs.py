@@ -38,6 +38,8 @@ TURNED = (  # at these knobs a policy does something else to a resource than at 
     "look-m:when=both,every=4",
     "streamingllm:layers=pyramid,slope=2",
     "innovation-cache:layers=pyramid,slope=2",
+    "fp8:activations=fp8",
+    "quarot:activation_bits=16",
 )
 
 

@@ -76,6 +76,9 @@ LEGAL = (
     "rtn:bits=4+snapkv+wina+lean-decode",
     "wanda+rtn+kivi+teal+lean-decode",
     "top-k-experts+wina",
+    "rtn:bits=4+snapkv+quantized-activations+lean-decode",
+    "awq+wina+quantized-activations+kivi",
+    "fp8+quantized-activations",
     "magnitude+smoothquant+snapkv+lean-decode",
     "llm-int8:threshold=4+kivi+lean-decode",
     "quarot+kivi:bits=4+lean-decode",  # weights, activations and cache in 4 bits, as in the paper
@@ -120,6 +123,9 @@ ILLEGAL = {
     "smoothquant+dynamic-int8": "weights.format",
     "awq+quarot": "weights.format",  # the paper's authors round rotated weights with GPTQ; here one method rounds
     "fp8+llm-int8+lean-decode": "weights.format",
+    "dynamic-int8+quantized-activations": "activations.format",
+    "quarot:activation_bits=8+quantized-activations": "activations.format",
+    "fp8:activations=fp8+quantized-activations+lean-decode": "activations.format",
     # what is written in full precision, and what packs it
     "deltallm+kivi": "kv.dtype",
     "cam+gear": "kv.dtype",

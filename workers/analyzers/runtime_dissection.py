@@ -36,24 +36,25 @@ class RuntimeDissection(Analyzer):
 
     def analyze(self, run: ShortRun) -> dict[str, Any]:
         """Seconds of one step in each phase, by kind of operation."""
-        found = {}
-        for phase in run.phases:
-            with run.ready():
-                times = [_timed(run, phase) for _ in range(self.repeats)]
-                layers = [share for _ in range(self.repeats) if (share := _inside_layers(run, phase))]
-            seconds, steps = min(times)
-            recorded = [_recorded(run, phase, seconds) for _ in range(self.repeats)]
-            one = recorded[0]
-            found[phase] = {
-                "steps": steps,
-                "seconds": seconds / steps,
-                "kinds": {k: fmean(r.seconds[k] for r in recorded) / steps for k in one.seconds},
-                "operators": [[name, calls / steps, s / steps] for name, calls, s in one.operators],
-                "slowed": one.slowed,
-                "products": [r.seconds["products"] / seconds for r in recorded],
-                "layers": layers,
-            }
-        return {"phases": found}
+        return {"phases": {phase: self.step(run, phase) for phase in run.phases}}
+
+    def step(self, run: ShortRun, phase: Phase) -> dict[str, Any]:
+        """Of one phase."""
+        with run.ready():
+            times = [_timed(run, phase) for _ in range(self.repeats)]
+            layers = [share for _ in range(self.repeats) if (share := _inside_layers(run, phase))]
+        seconds, steps = min(times)
+        recorded = [_recorded(run, phase, seconds) for _ in range(self.repeats)]
+        one = recorded[0]
+        return {
+            "steps": steps,
+            "seconds": seconds / steps,
+            "kinds": {k: fmean(r.seconds[k] for r in recorded) / steps for k in one.seconds},
+            "operators": [[name, calls / steps, s / steps] for name, calls, s in one.operators],
+            "slowed": one.slowed,
+            "products": [r.seconds["products"] / seconds for r in recorded],
+            "layers": layers,
+        }
 
     def metrics(self, data: dict[str, Any]) -> Iterator[Measured]:
         """What share of a step products and layers have."""

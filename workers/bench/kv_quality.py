@@ -13,9 +13,9 @@ from workers.bench.report import json_line
 from workers.host import ModelHost
 
 KEEPS = (0.75, 0.5, 0.25, 0.1)
-NEEDLES, NEEDLE_TOKENS = 8, 512
-WINDOWS, CONTEXT, SCORED = 3, 512, 64
-TOGETHER = 12  # lanes beside the baseline in one experiment
+NEEDLES, NEEDLE_TOKENS = 8, 256
+WINDOWS, CONTEXT, SCORED = 3, 256, 64
+TOGETHER = 15  # lanes beside the baseline in one experiment
 FOUND, PERPLEXITY, KL = "accuracy", "perplexity", "kl_to_baseline"
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from studio_state.errors import StudioError
-from studio_state.events import Failed, LaneFinished, Metric, Ratio
+from studio_state.events import Event, Failed, LaneFinished, Metric, Ratio
 from studio_state.experiment import ExperimentSpec, WorkloadSpec
 from studio_state.pipeline import Pipeline, parse_pipeline
 from studio_state.stats import Interval
+from workers.analyzers.runtime_dissection import RuntimeDissection
 from workers.bench.plan import Plan
 from workers.bench.report import json_line, ratio_line
 from workers.engine import run
+from workers.environment import pick_device
 from workers.host import ModelHost
+from workers.lanes import Lane
+from workers.mechanisms.phases import ShortRun
+from workers.workloads.base import ItemContext
+from workers.workloads.registry import make_workload
 
 SPEED = "decode_tokens_per_s"
 
@@ -84,11 +91,7 @@ def measure(spec: ExperimentSpec, names: Sequence[str], host: ModelHost | None =
         StudioError: the experiment or one of its lanes failed; the message is the engine's.
     """
     lanes = [LaneMetrics({name: [] for name in names}, {}, {}) for _ in spec.lanes]
-    for event in run(spec, host):
-        if isinstance(event, Failed):
-            raise StudioError(event.message)
-        if isinstance(event, LaneFinished) and event.status != "finished":
-            raise StudioError(f"{spec.lanes[event.lane].text()}: {event.message}")
+    for event in _finished(spec, host):
         if isinstance(event, Metric) and event.name in names and event.value is not None:
             lane = lanes[event.lane]
             if event.item is None:
@@ -98,6 +101,29 @@ def measure(spec: ExperimentSpec, names: Sequence[str], host: ModelHost | None =
         if isinstance(event, Ratio) and event.name in names:
             lanes[event.lane].ratios[event.name] = Interval(event.value, event.low, event.high, event.n)
     return lanes
+
+
+def dissect(spec: ExperimentSpec, host: ModelHost) -> list[dict[str, Any]]:
+    """Where a decode step of every lane spends its time (:class:`RuntimeDissection`, one pass of each kind), without a race."""
+    info, device = host.inspect(spec), pick_device(spec.device)
+    host.use_threads(spec.threads)
+    session, _ = host.open(spec, info, device)
+    items = make_workload(spec.workload).make_items(ItemContext(session.processor, spec.seed, info.context))
+    found = []
+    for lane in (Lane(i, p, session) for i, p in enumerate(spec.lanes)):
+        with session.closing():
+            found.append(RuntimeDissection(repeats=1).step(ShortRun(session, lane.attached_for, items), "decode"))
+    return found
+
+
+def _finished(spec: ExperimentSpec, host: ModelHost | None) -> Iterator[Event]:
+    """The events of an experiment; a failure is raised."""
+    for event in run(spec, host):
+        if isinstance(event, Failed):
+            raise StudioError(event.message)
+        if isinstance(event, LaneFinished) and event.status != "finished":
+            raise StudioError(f"{spec.lanes[event.lane].text()}: {event.message}")
+        yield event
 
 
 def against_baseline(bench: str, plan: Plan, pipeline: str, dtype: str = "float32") -> None:

@@ -24,7 +24,14 @@ from workers.models.gguf_file import read_facts
 REPACKED_FORMAT = "Q4_0"
 REPEATS = 3  # of one process
 LANES = {
-    "float32": ("rtn:bits=4+lean-decode", "rtn+lean-decode", "dynamic-int8", "dynamic-int8+lean-decode"),
+    "float32": (
+        "rtn:bits=4+lean-decode",
+        "rtn:bits=4+quantized-activations+lean-decode",
+        "rtn+lean-decode",
+        "rtn+quantized-activations+lean-decode",
+        "dynamic-int8",
+        "dynamic-int8+lean-decode",
+    ),
     "bfloat16": ("rtn:bits=4+lean-decode", "rtn+lean-decode"),
 }
 Speeds = dict[str, list[float]]

@@ -21,7 +21,7 @@ from workers.mechanisms.attention import AttentionCall, Forward
 from workers.mechanisms.cache import PADDING, StudioCache
 from workers.mechanisms.chunk_end import ChunkEnd
 from workers.mechanisms.held import Held
-from workers.mechanisms.ranking import best_of_real
+from workers.mechanisms.ranking import best_of_all_real, best_of_real
 from workers.session import Session
 
 Kept = Tensor | list[Tensor]
@@ -150,7 +150,7 @@ def keep_best(
     held = call.held
     scores = guarding(scores, held, Guarded(recent, sinks), len(counts))
     if held.real is None:
-        return scores.topk(max(counts), dim=-1).indices.sort(-1).values
+        return best_of_all_real(scores, max(counts))
     return best_of_real(scores, held.real.expand_as(scores), torch.tensor(counts, device=scores.device))
 
 

@@ -148,8 +148,8 @@ class RotatedInput(TransformedInput):
         return (tuple(self.signs.tolist()), self.activation_bits, self.clip)
 
     def around(self, inner: Replacement, bias: Tensor | None = None) -> Self:
-        """The same rotation around other weights."""
-        return type(self)(inner, self.signs, self.activation_bits, self.clip, bias)
+        """The same rotation around other weights; the bias stays its own unless another is given."""
+        return type(self)(inner, self.signs, self.activation_bits, self.clip, self.bias if bias is None else bias)
 
     @classmethod
     def joined(cls, parts: Sequence[Any]) -> RotatedInput:

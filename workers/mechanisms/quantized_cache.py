@@ -41,9 +41,15 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`pack_bits`."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    """Inverse of :func:`pack_bits`: the codes of a byte are spread over the bytes of one larger number."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        wide = packed.to(torch.int16)
+        return wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    wide = packed.to(torch.int32)
+    wide.bitwise_or_(wide << 6).bitwise_or_(wide << 12)
+    return wide.bitwise_and_(0x03030303).view(torch.uint8)
 
 
 def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,9 +116,9 @@ class PackedKeys:
         codes = unpack_bits(self.codes, self.bits).float()
         if self.group_of is None:
             grouped = codes.unflatten(2, (-1, self.group_size))
-            return (grouped * self.scale.float().unsqueeze(3) + self.zero.float().unsqueeze(3)).flatten(2, 3)
+            return grouped.mul_(self.scale.float().unsqueeze(3)).add_(self.zero.float().unsqueeze(3)).flatten(2, 3)
         groups = self.group_of.long()
-        return codes * gather_entries(self.scale, groups).float() + gather_entries(self.zero, groups).float()
+        return codes.mul_(gather_entries(self.scale, groups)).add_(gather_entries(self.zero, groups))
 
     def joined(self, newer: PackedKeys) -> PackedKeys:
         """Both, the other one's entries last."""
@@ -181,7 +187,7 @@ class PackedValues:
     def read(self) -> Tensor:
         """Values [B, H, P, D] in float32."""
         grouped = unpack_bits(self.codes, self.bits).float().unflatten(-1, (-1, self.channels))
-        return (grouped * self.scale.float().unsqueeze(-1) + self.zero.float().unsqueeze(-1)).flatten(-2)
+        return grouped.mul_(self.scale.float().unsqueeze(-1)).add_(self.zero.float().unsqueeze(-1)).flatten(-2)
 
     def joined(self, newer: PackedValues) -> PackedValues:
         """Both, the other one's entries last."""

@@ -10,6 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def best_of_all_real(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` best entries of each row of [..., S], count < S, ascending: [..., count].
+
+    Where a single one leaves, as at every decode step of a cache that does not grow, nothing is sorted.
+    """
+    if scores.shape[-1] == count + 1:
+        places = torch.arange(count, device=scores.device)
+        return places + (places >= scores.argmin(-1, keepdim=True))
+    return scores.topk(count, dim=-1).indices.sort(-1).values
+
+
 def best_of_real(scores: Tensor, real: Tensor, counts: Tensor) -> Tensor:
     """The ``counts`` best real entries of each row, ascending, filled up with padding: [B, ..., max(counts)].
 

@@ -36,6 +36,7 @@ QUANTIZES: dict[str, Any] = {
     "neutral": None,
     "alters_weights": True,
 }  # what the cards of policies that store fewer bits have in common
+QUANTIZES_INPUTS_TOO: dict[str, Any] = QUANTIZES | {"owns": ("weights.format", "activations.format")}
 WHICH = "Which maps, and what it is calibrated on"  # heading of the knobs that all weight policies have
 
 

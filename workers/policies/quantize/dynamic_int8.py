@@ -11,7 +11,7 @@ from studio_state.catalog import Card
 from studio_state.errors import SpecError
 from workers.mechanisms.int8_activations import ENGINE, DynamicInt8Linear, quantise
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
-from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES_INPUTS_TOO, Spot, WeightPolicy
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -34,7 +34,7 @@ class DynamicInt8(WeightPolicy):
         requires=(f"cpu:{ENGINE}",),
         dtypes=("float32",),
         devices=("cpu",),
-        **QUANTIZES,
+        **QUANTIZES_INPUTS_TOO,
     )
     activations: Literal["token", "tensor"] = knob(
         "token",

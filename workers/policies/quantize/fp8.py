@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from studio_state.catalog import Card
+from studio_state.resources import Use
 from workers.mechanisms.float8 import E4M3, E5M2, Float8Linear, to_float8
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
@@ -33,6 +34,7 @@ class FP8(WeightPolicy):
         title="8-bit floats",
         paper="arXiv:2209.05433",
         not_neutral_because="every setting rounds the weights to 2 or 3 bits of mantissa",
+        uses=(Use(resource="activations.format", mode="owns", when={"activations": ["fp8"]}),),
         **QUANTIZES,
     )
     convolutions: ClassVar[bool] = True

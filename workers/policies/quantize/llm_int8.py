@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from studio_state.catalog import Card
 from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.token_rounding import Int8Product, row_codes
-from workers.mechanisms.weight_policy import QUANTIZES, Spot, WeightPolicy
+from workers.mechanisms.weight_policy import QUANTIZES_INPUTS_TOO, Spot, WeightPolicy
 from workers.methods import card, knob
 
 
@@ -62,7 +62,7 @@ class LLMInt8(WeightPolicy):
         title="LLM.int8()",
         paper="arXiv:2208.07339",
         not_neutral_because="every setting rounds the weights to 8 bits",
-        **QUANTIZES,
+        **QUANTIZES_INPUTS_TOO,
     )
     threshold: float = knob(
         6.0,

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from studio_state.catalog import Card
+from studio_state.resources import Use
 from workers.mechanisms import packing
 from workers.mechanisms.hadamard import RotatedInput, rotate, signs
 from workers.mechanisms.linear import Replacement
@@ -37,6 +38,7 @@ class QuaRot(GroupedPolicy):
         title="QuaRot",
         paper="arXiv:2404.00456",
         spoils=("weights.mask",),
+        uses=(Use(resource="activations.format", mode="owns", when={"activation_bits": [4, 8]}),),
         not_neutral_because="every setting rounds the weights",
         **QUANTIZES,
     )

@@ -15,7 +15,7 @@ from workers.mechanisms.linear import Replacement, bias_of, matrix_of
 from workers.mechanisms.scaled_input import ScaledInput
 from workers.mechanisms.token_rounding import Int8Product, row_codes
 from workers.mechanisms.weight_places import places
-from workers.mechanisms.weight_policy import QUANTIZES, CalibratedPolicy, Spot
+from workers.mechanisms.weight_policy import QUANTIZES_INPUTS_TOO, CalibratedPolicy, Spot
 from workers.methods import card, knob
 from workers.session import Session
 
@@ -56,7 +56,7 @@ class SmoothQuant(CalibratedPolicy):
         paper="arXiv:2211.10438",
         hopes={"decode_tokens_per_s": "up"},
         not_neutral_because="every setting rounds weights and activations to 8 bits",
-        **QUANTIZES,
+        **QUANTIZES_INPUTS_TOO,
     )
     wants: ClassVar[frozenset[Want] | None] = frozenset()
 
