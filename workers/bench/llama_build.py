@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -118,7 +119,8 @@ class Built:
     def _run(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([str(self.tool(name)), *arguments], capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            raise StudioError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            ended = [f"the system ended it ({signal.Signals(-done.returncode).name})"] if done.returncode < 0 else ["no message"]
+            raise StudioError(f"{name} failed: {(done.stderr.strip().splitlines() or ended)[-1]}")
         return done
 
 
