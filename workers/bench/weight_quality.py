@@ -14,29 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from studio_state.errors import SpecError, StudioError
+from studio_state.errors import StudioError
 from studio_state.experiment import ExperimentSpec, WorkloadSpec
 from studio_state.pipeline import Pipeline, Step
-from studio_state.problems import problems
 from studio_state.stats import Interval, paired_bootstrap, paired_shares
 from workers.bench.plan import Plan
 from workers.bench.report import json_line
+from workers.bench.untimed import Untimed
 from workers.data.novels import held_out
-from workers.engine import batched
-from workers.environment import pick_device
-from workers.families.labels import labels_of
 from workers.host import ModelHost
 from workers.lanes import Lane
 from workers.mechanisms.expert_linears import ExpertLinears
 from workers.mechanisms.linear import Convolved, Replacement, matrix_of
 from workers.mechanisms.weight_places import places
 from workers.mechanisms.weight_policy import WeightPolicy, targets, weight_metrics
-from workers.meters.summary import summarize
-from workers.methods import catalogue
-from workers.race import Race
 from workers.session import Session
-from workers.workloads.base import Item, ItemContext
-from workers.workloads.registry import make_workload
 
 BITS, QUICK_BITS = (8, 4, 3, 2), (4,)
 METHODS = ("rtn", "hqq", "gptq", "awq")  # the others are held against the first
@@ -164,25 +156,16 @@ def measured(case: Case, spec: ExperimentSpec, host: ModelHost, bits: Sequence[i
         StudioError: the model is not there, or its baseline fails.
     """
     asked = [Pipeline(steps=(Step(policy=m, knobs={"bits": b}),)) for b in bits for m in METHODS]
-    info = host.inspect(spec)
-    session = host.open(spec, info, pick_device(spec.device))[0]
-    workload = make_workload(spec.workload)
-    context = ItemContext(session.processor, spec.seed, info.context, labels_of(session.model))
-    batches = list(batched(workload.make_items(context), spec.batch))
-    race = Race(session, workload, [Lane(i, p, session) for i, p in enumerate((Pipeline(), *asked))])
-    base, *lanes = race.lanes
-    yield Row("baseline", values=_run(race, base, case, batches))
+    untimed = Untimed(spec, host, asked)
+    base, lanes = untimed.base, untimed.lanes
+    yield Row("baseline", values=_run(untimed, base, case))
     plain: dict[int, Lane] = {}
     for lane in lanes:
         (step,) = lane.pipeline.steps
         row = Row(step.policy, step.knobs["bits"])
         try:
-            with_lane = spec.model_copy(update={"lanes": (Pipeline(), lane.pipeline)})
-            if found := problems(with_lane, catalogue(), info, host.unavailable()):
-                raise SpecError(found)
-            row.values = _run(race, lane, case, batches)
+            row.values = _run(untimed, lane, case)
         except StudioError as e:
-            lane.give_up("failed", str(e))
             row.message = str(e)
         else:
             row.task = against_baseline(lane, base, case.task)
@@ -193,21 +176,14 @@ def measured(case: Case, spec: ExperimentSpec, host: ModelHost, bits: Sequence[i
         yield row
 
 
-def _run(race: Race, lane: Lane, case: Case, batches: list[list[Item]]) -> dict[str, float]:
-    """Build a lane, run it over all items, let its weights go; what was measured of it.
+def _run(untimed: Untimed, lane: Lane, case: Case) -> dict[str, float]:
+    """What was measured of a lane and of its weights.
 
     Raises:
         StudioError: it failed.
     """
-    session, base = race.session, race.lanes[0]
-    with session.closing(), race.block([lane], interleaved=False):
-        values = _of_weights(session, lane)
-        for _ in race.run(batches):
-            pass
-    if lane.status is not None:
-        raise StudioError(lane.message)
-    for _ in summarize([base] if lane is base else [base, lane], race.workload, 0):
-        pass
+    values: dict[str, float] = {}
+    untimed.run(lane, lambda session, built: values.update(_of_weights(session, built)))
     lane.given.update(values)
     return {n: lane.given[n] for n in (MAPS, BYTES, SQNR, case.task, case.distance) if n in lane.given}
 
