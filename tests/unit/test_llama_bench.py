@@ -26,7 +26,7 @@ COMPILED = [
     {"file": "/s/ggml/src/ggml.c", "command": "cc -O0 -c ggml.c"},
     {
         "file": "/s/ggml/src/ggml-cpu/quants.c",
-        "command": "/usr/bin/cc -DGGML_USE_CPU_REPACK -DNDEBUG -D_GNU_SOURCE -I/s/include -O3 -std=gnu11 -Wall -march=native -fopenmp -o x -c y",
+        "command": "/usr/bin/cc -DGGML_USE_CPU_REPACK -DNDEBUG -D_GNU_SOURCE -I/s/include -U__AMX_INT8__ -O3 -std=gnu11 -Wall -march=native -fopenmp -o x -c y",
     },
 ]
 ROUNDS = {
@@ -49,8 +49,21 @@ def test_the_log_of_loading_tells_what_was_repacked() -> None:
     assert llama_build.buffers("nothing of the kind") == {}
 
 
+def test_a_build_of_other_options_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARETO_STUDIO_CACHE", str(tmp_path))
+    for name in llama_build.TARGETS:
+        tool = llama_build.home() / "build" / "bin" / name
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.touch()
+    told = {"flags": "-O3", "compiler": "GNU 12"}
+    for options, is_found in ((llama_build.OPTIONS, True), (("GGML_NATIVE=OFF",), False), (None, False)):
+        written = {**told, "options": options} if options else told
+        (llama_build.home() / "built.json").write_text(json.dumps(written), encoding="utf-8")
+        assert (llama_build.found() is not None) == is_found
+
+
 def test_flags_are_those_of_the_packed_products() -> None:
-    assert llama_build.flags(json.dumps(COMPILED)) == "-DGGML_USE_CPU_REPACK -DNDEBUG -O3 -march=native -fopenmp"
+    assert llama_build.flags(json.dumps(COMPILED)) == "-DGGML_USE_CPU_REPACK -DNDEBUG -U__AMX_INT8__ -O3 -march=native -fopenmp"
     with pytest.raises(StudioError, match=r"CMake lists no ggml-cpu/quants\.c"):
         llama_build.flags(json.dumps(COMPILED[:1]))
 

@@ -43,6 +43,10 @@ OPTIONS = (
     "BUILD_SHARED_LIBS=OFF",
     "GGML_CCACHE=OFF",
     *(f"LLAMA_{part}=OFF" for part in ("OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP")),
+    # AMX multiplies matrices: prompts, not single tokens, which are what is raced. It would take the place of repacked weights, and
+    # compilers before GCC 13 drop the settings of its tiles, so that reading a prompt ends in an illegal instruction.
+    "CMAKE_C_FLAGS=-U__AMX_INT8__",
+    "CMAKE_CXX_FLAGS=-U__AMX_INT8__",
     "CMAKE_EXPORT_COMPILE_COMMANDS=ON",  # the flags are read from there
     "LLAMA_BUILD_NUMBER=0",
     f"LLAMA_BUILD_COMMIT={COMMIT}",
@@ -144,7 +148,9 @@ def flags(compile_commands: str) -> str:
     for entry in json.loads(compile_commands):
         if entry["file"].replace(os.sep, "/").endswith(KERNELS):
             words = shlex.split(entry["command"])
-            return " ".join(w for w in words if w.startswith(("-O", "-m", "-f")) or w == "-DNDEBUG" or w.startswith("-DGGML_USE"))
+            return " ".join(
+                w for w in words if w.startswith(("-O", "-m", "-f", "-U")) or w == "-DNDEBUG" or w.startswith("-DGGML_USE")
+            )
     raise StudioError(f"CMake lists no {KERNELS}; the sources of {PACKAGE} {VERSION} have changed")
 
 
@@ -161,10 +167,10 @@ def found() -> Built | None:
     """The finished build, if there is one."""
     try:
         told = json.loads((home() / "built.json").read_text(encoding="utf-8"))
-        built = Built(home(), told["flags"], told["compiler"])
+        built, options = Built(home(), told["flags"], told["compiler"]), told["options"]
     except (OSError, ValueError, KeyError):
         return None
-    return built if all(built.tool(name).is_file() for name in TARGETS) else None
+    return built if options == list(OPTIONS) and all(built.tool(name).is_file() for name in TARGETS) else None
 
 
 def build(tell: Tell) -> Built:
@@ -224,7 +230,7 @@ def _build(folder: Path, tell: Tell) -> Built:
     compiler = re.search(r"CXX compiler identification is (.+)", log.read_text(encoding="utf-8", errors="replace"))
     commands = (folder / "build" / "compile_commands.json").read_text(encoding="utf-8")
     told = {"flags": flags(commands), "compiler": compiler[1] if compiler else "compiler unknown"}
-    (folder / "built.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+    (folder / "built.json").write_text(json.dumps({**told, "options": OPTIONS}) + "\n", encoding="utf-8")
     return Built(folder, **told)
 
 

@@ -12,24 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
-from studio_state.errors import Unavailable
 from workers.mechanisms import onednn
 from workers.mechanisms.attention import Forward, attend, forwarding
 from workers.mechanisms.fusing import Fused, fuse, is_hooked
+from workers.mechanisms.lean_rows import HeadRows, LeanRows, head_of, shape_of
+from workers.mechanisms.lean_shape import check_outside, is_lean, window
 from workers.mechanisms.linear import DenseLinear
-from workers.models.info import LEAN_SHAPES
 from workers.session import Session
 
 Linear = Callable[[Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
-SOURCES = frozenset(f"transformers.models.{t}.modeling_{t}" for t in LEAN_SHAPES)
+Layer = Callable[[Tensor, Rotary, Forward], Tensor]
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 GROWING_ROTARY = ("dynamic", "longrope")  # kinds of rotary embedding whose angles depend on the length seen so far
 
@@ -93,10 +93,14 @@ class LeanLayer:
     Args:
         module: the library's layer.
         qkv, gate_up: its fused inputs.
+
+    Attributes:
+        maps: the linear maps: fused queries, keys and values; outputs; fused gate and up; down.
     """
 
-    def __init__(self, module: Any, qkv: Linear, gate_up: Linear):
+    def __init__(self, module: Any, qkv: nn.Module, gate_up: nn.Module):
         attention = module.self_attn
+        self.maps = (qkv, attention.o_proj, gate_up, module.mlp.down_proj)
         self.index: int = attention.layer_idx
         self.scaling: float = attention.scaling
         self.window: int | None = window(attention)
@@ -105,8 +109,7 @@ class LeanLayer:
         self.query_heads: int = self.kv_heads * attention.num_key_value_groups
         self.head_norm = HeadNorm(attention, self.query_heads, self.kv_heads) if hasattr(attention, "q_norm") else None
         self.norm_in, self.norm_mlp = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
-        self.qkv, self.out = qkv, direct(attention.o_proj)
-        self.gate_up, self.down = gate_up, direct(module.mlp.down_proj)
+        self.qkv, self.out, self.gate_up, self.down = map(direct, self.maps)
 
     def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
         b, t, _ = hidden.shape
@@ -197,25 +200,29 @@ class LeanModel:
             (RotaryTable, base.rotary_emb), lambda: RotaryTable(base.rotary_emb, base.norm.weight)
         )
         names = session.family.parts(model)["layers"]
-        self.layers = [self._layer(session, name, model.get_submodule(name)) for name in names]
-        self.lean_layers = sum(not isinstance(x, LibraryLayer) for x in self.layers)
-        self.norm, self.head = Norm(base.norm), direct(model.get_output_embeddings())
+        layers = [self._layer(session, name, model.get_submodule(name)) for name in names]
+        self.lean_layers = sum(not isinstance(x, LibraryLayer) for x in layers)
+        self.layers = native_where_possible(layers)
+        head = model.get_output_embeddings()
+        self.norm, self.head = Norm(base.norm), direct(head)
+        shape = head_of(self.norm, head)
+        self.native_head = None if shape is None else HeadRows(shape)
 
-    def _layer(self, session: Session, name: str, module: Any) -> Callable[[Tensor, Rotary, Forward], Tensor]:
+    def _layer(self, session: Session, name: str, module: Any) -> Layer:
         if not is_lean(module):
             return LibraryLayer(module)
         lean = LeanLayer(module, self._joined(session, name, module, "self_attn"), self._joined(session, name, module, "mlp"))
         return HookedLayer(module, lean) if is_hooked(module) else lean
 
-    def _joined(self, session: Session, name: str, module: Any, block: str) -> Linear:
-        """The linear maps that share an input, as one function; stand-ins are noted where they could be fused."""
+    def _joined(self, session: Session, name: str, module: Any, block: str) -> nn.Module:
+        """The linear maps that share an input, as one; stand-ins are noted where they could be fused."""
         parts = [getattr(getattr(module, block), child) for child in FUSED[block]]
         fused: Fused | None = None if any(map(is_hooked, parts)) else session.once((Fused, *parts), lambda: fuse(parts))
         if fused is None:
-            return partial(one_by_one, parts)
+            return SideBySide(parts)
         names = (f"{name}.{block}.{child}" for child in FUSED[block])
         self.swaps.update(zip(names, fused.stand_ins(), strict=True))
-        return direct(fused.whole)
+        return fused.whole
 
     def step(self, ids: Tensor, forward: Forward) -> Tensor:
         """Logits [B, T, V] of the next tokens ids [B, T]; replaces the library's forward in the decode path."""
@@ -223,7 +230,18 @@ class LeanModel:
         rotary = self.rotary.at(forward.positions, forward.seen)
         for layer in self.layers:
             hidden = layer(hidden, rotary, forward)
-        return self.head(self.norm(hidden))
+        logits = None if self.native_head is None else self.native_head(hidden)
+        return self.head(self.norm(hidden)) if logits is None else logits
+
+
+def native_where_possible(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers in which integers are multiplied, one after the other, as one; all others as they are."""
+    found: list[Layer] = []
+    shapes = [shape_of(layer) if type(layer) is LeanLayer else None for layer in layers]
+    for native, some in groupby(zip(layers, shapes, strict=True), lambda pair: pair[1] is not None):
+        pairs: list[Any] = list(some)
+        found += [LeanRows([layer for layer, _ in pairs], [shape for _, shape in pairs])] if native else [x for x, _ in pairs]
+    return found
 
 
 def direct(module: nn.Module) -> Linear:
@@ -236,51 +254,13 @@ def direct(module: nn.Module) -> Linear:
     return module.forward
 
 
-def one_by_one(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Outputs of several modules on the same input, concatenated."""
-    return torch.cat([p(x) for p in parts], -1)
+class SideBySide(nn.Module):
+    """Several maps of one input that cannot be one: called in turn, the outputs concatenated."""
 
+    def __init__(self, parts: Sequence[nn.Module]):
+        super().__init__()
+        self.parts = list(parts)  # not registered: they have their places in the model
 
-def window(attention: Any) -> int | None:
-    """Sliding window of a layer: its own where it names one, else the model's (Mistral)."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[no-any-return]
-    is_mistral = type(attention).__name__.startswith("Mistral")
-    return getattr(attention.config, "sliding_window", None) if is_mistral else None
-
-
-def is_lean(module: Any) -> bool:
-    """True if a decoder layer is the library's own of a known shape, and nobody looks into its inside."""
-    if not _is_own(module, "DecoderLayer"):
-        return False
-    attention, mlp = module.self_attn, module.mlp
-    inside = [
-        (attention, "Attention"),
-        (mlp, "MLP"),
-        (module.input_layernorm, "RMSNorm"),
-        (module.post_attention_layernorm, "RMSNorm"),
-    ]
-    inside += [(getattr(attention, name), "RMSNorm") for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    return all(_is_own(m, kind) and not is_hooked(m) for m, kind in inside) and isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
-
-
-def _is_own(module: nn.Module, kind: str) -> bool:
-    """True for an unchanged module of the library, of a class ``<Model><kind>`` of a known model type."""
-    cls = type(module)
-    return cls.__module__ in SOURCES and cls.__name__.endswith(kind) and "forward" not in vars(module)
-
-
-def check_outside(model: Any, base: Any) -> None:
-    """Refuse what a step past the library's forward would leave out.
-
-    Raises:
-        Unavailable: another model, or hooks on the model as a whole.
-    """
-    if type(base).__module__ not in SOURCES:
-        raise Unavailable(
-            f"lean-decode knows models of type {', '.join(LEAN_SHAPES)}; this one is a {type(model).__name__}; remove lean-decode"
-        )
-    if any(is_hooked(m) for m in (model, base, base.embed_tokens, base.norm, base.rotary_emb)):
-        raise Unavailable(
-            "another policy acts on the forward pass of the model as a whole, which lean-decode leaves out; remove one of the two"
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N1 + N2 + ...]."""
+        return torch.cat([p(x) for p in self.parts], -1)

@@ -1,7 +1,7 @@
 """C kernels of our own, compiled on this machine for its processor by the compiler that it has.
 
-For a product that PyTorch does not have. The file of C is compiled at its first use (about a second) and kept in the studio's
-cache, by its content, the compiler and the processor's instructions. Where that cannot be, callers compute the same numbers with
+For what PyTorch does not have. The files of C are compiled at their first use (a second or two) and kept in the studio's cache,
+by their content, the compiler and the processor's instructions. Where that cannot be, callers compute the same numbers with
 the library's operators; a run's environment says which it was.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 from studio_state.paths import default_cache_root
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-SOURCE = Path(__file__).with_name("packed_rows.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_rows.c", "lean_rows.c"))
+HEADERS = (Path(__file__).with_name("packed_rows.h"),)
 SECONDS = 120  # a compiler that takes longer hangs
 
 
@@ -57,15 +58,16 @@ def kernels() -> Built:
 
 
 def _compiled(compiler: list[str]) -> Path:
-    """The shared library of :data:`SOURCE`; what a compiler defines by itself names its version and the processor's instructions."""
+    """The shared library of :data:`SOURCES`; what a compiler defines by itself names its version and the processor's instructions."""
     defines = _run([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c", os.devnull])
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), " ".join([*compiler, *FLAGS]).encode(), defines.encode()))).hexdigest()
-    target = default_cache_root() / "native" / f"{SOURCE.stem}-{key[:16]}.so"
+    texts = [file.read_bytes() for file in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256(b"\0".join((*texts, " ".join([*compiler, *FLAGS]).encode(), defines.encode()))).hexdigest()
+    target = default_cache_root() / "native" / f"kernels-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:  # several workers may do this at once
             made = Path(draft) / target.name
-            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+            _run([*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)])
             made.replace(target)
     return target
 

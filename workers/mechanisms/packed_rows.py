@@ -10,7 +10,7 @@ Shapes: m input rows, N output rows, K inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int, c_long, c_void_p
+from ctypes import Structure, byref, c_int, c_int64, c_long, c_void_p
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,50 @@ _WIDTH = 16  # groups and K are multiples of it
 Product = Callable[[Tensor], Tensor]
 
 
+class PackedMap(Structure):
+    """A linear map without bias, as the kernels see it (``map`` in packed_rows.h).
+
+    Attributes:
+        tensors: what ``codes`` and ``scales`` point into.
+    """
+
+    tensors: tuple[Tensor, Tensor]
+
+    _fields_ = (
+        ("bits", c_int64),
+        ("k", c_int64),
+        ("n", c_int64),
+        ("group", c_int64),
+        ("height", c_int64),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+    )
+
+
+def packed_map(module: nn.Module, group: int) -> PackedMap | None:
+    """The packed weights of a module on a CPU, its bias left out.
+
+    Args:
+        group: inputs that share a scale.
+
+    Returns:
+        None where they cannot be multiplied so: another module or group, no compiler, another processor.
+    """
+    if module.in_features % _WIDTH or group % _WIDTH or kernels().library is None:
+        return None
+    if isinstance(module, Int4Linear) and module.group == group and 2 * module.packed.shape[2] == BLOCK:
+        bits, height, codes, scales = 4, module.grid.shape[1], module.packed, module.grid
+    elif isinstance(module, Int8Linear) and group == GROUP:
+        bits, height, codes, scales = 8, module.out_features, module.codes, module.scales
+    else:
+        return None
+    if not codes.is_cpu:
+        return None
+    made = PackedMap(bits, module.in_features, module.out_features, group, height, codes.data_ptr(), scales.data_ptr())
+    made.tensors = (codes, scales)
+    return made
+
+
 def product_of(module: nn.Module, group: int) -> Product | None:
     """The map [..., K] -> [..., N] by the packed weights of a module on a CPU, contiguous float32 both, without bias.
 
@@ -35,26 +79,21 @@ def product_of(module: nn.Module, group: int) -> Product | None:
         group: inputs that share a scale.
 
     Returns:
-        None where there is no such product: of another module or group, without a compiler, on another processor.
+        None where there is no such product (:func:`packed_map`).
     """
-    if module.in_features % _WIDTH or group % _WIDTH or kernels().library is None:
-        return None
-    if isinstance(module, Int4Linear) and module.group == group and 2 * module.packed.shape[2] == BLOCK:
-        sizes = (module.group, module.grid.shape[1], module.out_features)
-        return _bound(INT4, _functions()[0], module.packed, module.grid, sizes)
-    if isinstance(module, Int8Linear) and group == GROUP:
-        return _bound(INT8, _functions()[1], module.codes, module.scales, (module.out_features,))
-    return None
+    weights = packed_map(module, group)
+    return None if weights is None else _bound(INT4 if weights.bits == 4 else INT8, weights)
 
 
-def _bound(name: str, run: Callable[..., int], weights: Tensor, scales: Tensor, sizes: tuple[int, ...]) -> Product:
+def _bound(name: str, weights: PackedMap) -> Product:
     """A product with as little Python as it takes: there are over a hundred at every step."""
-    n, empty, threads, is_profiled = sizes[-1], torch.empty, torch.get_num_threads, torch.autograd._profiler_enabled
+    run, n, empty, threads = _function(), weights.n, torch.empty, torch.get_num_threads
+    where, is_profiled = byref(weights), torch.autograd._profiler_enabled
 
     def product(x: Tensor) -> Tensor:
         *some, k = x.shape
         y = empty((*some, n))
-        arguments = (x.data_ptr(), x.numel() // k, k, weights.data_ptr(), scales.data_ptr(), *sizes, y.data_ptr(), threads())
+        arguments = (where, x.data_ptr(), x.numel() // k, y.data_ptr(), threads())
         if is_profiled():  # ours are no operators, which a profiler would see by itself
             with torch.autograd.profiler.record_function(name):
                 failed = run(*arguments)
@@ -68,9 +107,8 @@ def _bound(name: str, run: Callable[..., int], weights: Tensor, scales: Tensor, 
 
 
 @cache
-def _functions() -> tuple[Any, Any]:
+def _function() -> Any:
     library: Any = kernels().library
-    int4, int8 = library.int4_rows, library.int8_rows
-    int4.argtypes = [c_void_p, c_long, c_long, c_void_p, c_void_p, c_long, c_long, c_long, c_void_p, c_int]
-    int8.argtypes = [c_void_p, c_long, c_long, c_void_p, c_void_p, c_long, c_void_p, c_int]
-    return int4, int8
+    run = library.product
+    run.argtypes = [c_void_p, c_void_p, c_long, c_void_p, c_int]
+    return run

@@ -1,0 +1,197 @@
+"""Layers in native rows against the same layers call by call, and against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from studio_state.pipeline import parse_pipeline
+from tests.methods.driving import attached, forced, generate, make_session, prefill, prompt, tokens
+from workers.mechanisms import lean_rows, native
+from workers.mechanisms.attention import Forward, attend
+from workers.mechanisms.cache import StudioCache
+from workers.mechanisms.lean import LeanLayer, LeanModel, rotate
+from workers.mechanisms.lean_rows import HeadRows, LeanRows
+from workers.mechanisms.operator_times import kind_of
+from workers.mechanisms.packed_rows import ROWS
+from workers.methods import effective
+from workers.session import Session
+
+pytestmark = pytest.mark.skipif(native.kernels().library is None, reason=native.kernels().told)
+PACKED = ["rtn:bits=4", "rtn:bits=8", "mixed-bits"]
+
+
+@contextmanager
+def lean_model(pipeline: str) -> Iterator[tuple[Session, LeanModel]]:
+    """A lean model on the session with these policies."""
+    session = make_session()
+    with attached(session, *effective(parse_pipeline(f"{pipeline}+quantized-activations"))):
+        yield session, LeanModel(session)
+
+
+def forward_of(batch: int, new: int, heads: int, width: int, seen: int = 6) -> Forward:
+    """A decode step of ``new`` tokens behind a cache of ``seen - new`` of them."""
+    cache = StudioCache(2)
+    g = torch.Generator().manual_seed(3)
+    for layer in cache.layers:
+        old = (torch.randn(batch, heads, seen - new, width, generator=g) for _ in range(2))
+        layer.append(*old, None, seen - new)  # type: ignore[arg-type]
+    positions = torch.arange(seen - new, seen).expand(batch, -1)
+    return Forward(cache, "decode", positions, seen=seen)
+
+
+def states(batch: int, new: int, width: int) -> Tensor:
+    return torch.randn(batch, new, width, generator=torch.Generator().manual_seed(4))
+
+
+def run(model: LeanModel, hidden: Tensor, layers: list[Any]) -> Tensor:
+    first = layers[0].layers[0] if isinstance(layers[0], LeanRows) else layers[0]
+    forward = forward_of(hidden.shape[0], hidden.shape[1], first.kv_heads, first.width)
+    rotary = model.rotary.at(forward.positions, forward.seen)
+    for layer in layers:
+        hidden = layer(hidden, rotary, forward)
+    return hidden
+
+
+@pytest.mark.parametrize("pipeline", PACKED)
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (5, 1), (2, 3)])
+def test_native_rows_are_the_layers_call_by_call(pipeline: str, batch: int, new: int) -> None:
+    with lean_model(pipeline) as (_, model):
+        (rows,) = model.layers
+        assert isinstance(rows, LeanRows)
+        hidden = states(batch, new, 64)
+        native_ones, called = run(model, hidden, [rows]), run(model, hidden, rows.layers)
+        assert (native_ones - called).abs().max() < 2e-5 * called.abs().max()
+        assert model.native_head is not None
+        logits = model.native_head(hidden)
+        assert logits is not None
+        by_calls = model.head(model.norm(hidden))
+        assert (logits - by_calls).abs().max() < 2e-5 * by_calls.abs().max()
+
+
+def test_one_layer_in_float64() -> None:
+    """Norm, product, turn, attention, product, sum, norm, product, SiLU, product, sum: written out."""
+    with lean_model("rtn:bits=4") as (_, model):
+        (rows,) = model.layers
+        layer: LeanLayer = rows.layers[0]  # type: ignore[attr-defined]
+        hidden = states(1, 1, 64)
+        forward = forward_of(1, 1, layer.kv_heads, layer.width)
+        rotary = model.rotary.at(forward.positions, forward.seen)
+
+        def norm(x: Tensor, by: Any) -> Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + by.eps).rsqrt() * by.weight.double()
+
+        def product(x: Tensor, module: Any) -> Tensor:
+            return module.transform(x.float()).double() @ module.matrix().double().T
+
+        qkv, out, gate_up, down = layer.maps
+        heads = product(norm(hidden.double(), layer.norm_in), qkv).view(1, 1, -1, layer.width)
+        turned, value = heads.split((layer.query_heads + layer.kv_heads, layer.kv_heads), 2)
+        cos, sin = (x.double() for x in rotary)
+        query, key = rotate(turned, (cos, sin)).split((layer.query_heads, layer.kv_heads), 2)
+        mixed = attend(forward, 0, *(x.float().transpose(1, 2) for x in (query, key, value)), layer.scaling).double()
+        x = hidden.double() + product(mixed.flatten(2), out)
+        gate, up = product(norm(x, layer.norm_mlp), gate_up).chunk(2, -1)
+        x = x + product(gate / (1 + (-gate).exp()) * up, down)
+
+        alone = LeanRows(rows.layers[:1], rows.shapes[:1])  # type: ignore[attr-defined]
+        assert (run(model, hidden, [alone]) - x).abs().max() < 2e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("pipeline", PACKED)
+def test_rows_are_by_themselves_and_threads_change_nothing(pipeline: str) -> None:
+    with lean_model(pipeline) as (_, model):
+        (rows,) = model.layers
+        heads = model.native_head
+        assert isinstance(heads, HeadRows)
+        hidden = states(7, 1, 64)
+        before, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append((_without_cache(model, rows, hidden), heads(hidden)))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])  # type: ignore[arg-type]
+        single = [_without_cache(model, rows, row[None]) for row in hidden]
+        assert torch.equal(found[0][0], torch.cat(single))
+
+
+def _without_cache(model: LeanModel, rows: Any, hidden: Tensor) -> Tensor:
+    """Every row is the first token of a text of its own."""
+    forward = Forward(StudioCache(2), "decode", torch.zeros(len(hidden), 1, dtype=torch.long), seen=1)
+    return rows(hidden, model.rotary.at(forward.positions, 1), forward)  # type: ignore[no-any-return]
+
+
+def test_wide_inputs_and_other_formats_go_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    with lean_model("rtn:bits=8") as (_, model):
+        (rows,) = model.layers
+        called: list[int] = []
+        known = lean_rows.call_between
+        monkeypatch.setattr(lean_rows, "call_between", lambda *a: (called.append(1), known(*a))[1])
+        run(model, states(1, 1, 64), [rows])
+        assert len(called) == 3  # into the first layer, from it to the second, out of that
+        called.clear()
+        run(model, states(ROWS + 1, 1, 64), [rows])
+        assert not called
+        assert model.native_head is not None
+        assert model.native_head(states(1, 1, 64).bfloat16()) is None
+
+
+def test_a_layer_that_is_looked_into_splits_the_rows() -> None:
+    with lean_model("rtn:bits=8") as (session, _):
+        layer = session.model.get_submodule("model.layers.1.mlp.down_proj")
+        handle = layer.register_forward_hook(lambda *_: None)
+        try:
+            one, other = LeanModel(session).layers
+        finally:
+            handle.remove()
+        assert isinstance(one, LeanRows)
+        assert isinstance(other, LeanLayer)
+
+
+def test_plain_and_biased_maps_are_none_of_its_kind() -> None:
+    session = make_session()
+    with attached(session, *effective(parse_pipeline("rtn:bits=4"))):
+        model = LeanModel(session)
+    assert all(isinstance(x, LeanLayer) for x in model.layers)
+    assert model.native_head is None
+
+
+@pytest.mark.parametrize("policy", ["streamingllm:keep=0.5", "adakv:keep=0.5", "kivi", "h2o:keep=0.5", "quest:keep=0.5"])
+def test_cache_policies_act_as_they_do_without_it(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_session()
+    stack = effective(parse_pipeline(f"rtn:bits=8+quantized-activations+{policy}+lean-decode"))
+    found = {}
+    for kind in ("native", "called"):
+        if kind == "called":
+            monkeypatch.setattr("workers.mechanisms.lean.shape_of", lambda layer: None)
+        with attached(session, *stack):
+            trace = generate(session, [prompt(60)])
+            found[kind] = (tokens(trace), trace.counts["kv_bytes"])
+    assert found["native"] == found["called"]
+
+
+def test_a_profiler_sees_it_as_a_product() -> None:
+    session = make_session()
+    with attached(session, *effective(parse_pipeline("rtn:bits=8+quantized-activations+lean-decode"))):
+        state = prefill(session, prompt(20))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            session.family.step(session, state, torch.tensor([[5]]))
+    assert sum(e.name == lean_rows.NAME for e in seen.events()) == 4  # three between two layers' attentions, and the head
+    assert kind_of(lean_rows.NAME) == kind_of("native::int4_linear")
+
+
+def test_scoring_reads_the_same_logits() -> None:
+    session = make_session()
+    found = []
+    for lean in ("", "+lean-decode"):
+        with attached(session, *effective(parse_pipeline(f"rtn:bits=4+quantized-activations{lean}"))):
+            found.append(forced(session, prompt(40), prompt(8, 1)))
+    assert (found[0] - found[1]).abs().max() < 0.02 * found[0].abs().max()
