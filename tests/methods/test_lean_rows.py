@@ -34,13 +34,14 @@ def lean_model(pipeline: str) -> Iterator[tuple[Session, LeanModel]]:
         yield session, LeanModel(session)
 
 
-def forward_of(batch: int, new: int, heads: int, width: int, seen: int = 6) -> Forward:
-    """A decode step of ``new`` tokens behind a cache of ``seen - new`` of them."""
+def forward_of(batch: int, new: int, heads: int, width: int, seen: int = 6, reserved: int = 0) -> Forward:
+    """A decode step of ``new`` tokens behind a cache of ``seen - new`` of them, with room for ``reserved`` more."""
     cache = StudioCache(2)
     g = torch.Generator().manual_seed(3)
     for layer in cache.layers:
         old = (torch.randn(batch, heads, seen - new, width, generator=g) for _ in range(2))
         layer.append(*old, None, seen - new)  # type: ignore[arg-type]
+    cache.reserve(reserved)
     positions = torch.arange(seen - new, seen).expand(batch, -1)
     return Forward(cache, "decode", positions, seen=seen)
 
@@ -49,13 +50,68 @@ def states(batch: int, new: int, width: int) -> Tensor:
     return torch.randn(batch, new, width, generator=torch.Generator().manual_seed(4))
 
 
-def run(model: LeanModel, hidden: Tensor, layers: list[Any]) -> Tensor:
+def run(model: LeanModel, hidden: Tensor, layers: list[Any], **more: int) -> Tensor:
+    return cached(model, hidden, layers, **more)[0]
+
+
+def cached(model: LeanModel, hidden: Tensor, layers: list[Any], **more: int) -> tuple[Tensor, StudioCache]:
+    """What comes out of some layers, and the cache that they leave."""
     first = layers[0].layers[0] if isinstance(layers[0], LeanRows) else layers[0]
-    forward = forward_of(hidden.shape[0], hidden.shape[1], first.kv_heads, first.width)
+    forward = forward_of(hidden.shape[0], hidden.shape[1], first.kv_heads, first.width, **more)
     rotary = model.rotary.at(forward.positions, forward.seen)
     for layer in layers:
         hidden = layer(hidden, rotary, forward)
-    return hidden
+    return hidden, forward.cache
+
+
+@pytest.fixture
+def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one at every call of all layers at once."""
+    called: list[int] = []
+    known = lean_rows.call_through
+    monkeypatch.setattr(lean_rows, "call_through", lambda *a: (called.append(1), known(*a))[1])
+    return called
+
+
+@pytest.mark.parametrize("pipeline", PACKED)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("seen", [1 + 1, 16, 17, 18, 333])  # about a vector of scores, and many
+def test_all_layers_at_once_are_the_layers_call_by_call(pipeline: str, batch: int, seen: int, whole_steps: list[int]) -> None:
+    with lean_model(pipeline) as (_, model):
+        (rows,) = model.layers
+        hidden = states(batch, 1, 64)
+        whole, cache = cached(model, hidden, [rows], seen=seen, reserved=3)
+        assert len(whole_steps) == 1
+        called, expected = cached(model, hidden, rows.layers, seen=seen, reserved=3)  # type: ignore[attr-defined]
+        assert len(whole_steps) == 1
+        assert (whole - called).abs().max() < 2e-5 * called.abs().max()
+        for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+            assert mine.seen == theirs.seen == seen
+            assert mine.held().keys.shape == theirs.held().keys.shape
+            assert (mine.held().keys - theirs.held().keys).abs().max() < 2e-5 * theirs.held().keys.abs().max()
+            assert (mine.held().values - theirs.held().values).abs().max() < 2e-5 * theirs.held().values.abs().max()
+
+
+def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
+    with lean_model("rtn:bits=8") as (_, model):
+        (rows,) = model.layers
+        outs = {}
+        for kind, layers in (("whole", [rows]), ("called", rows.layers)):  # type: ignore[attr-defined]
+            forward = forward_of(1, 1, 2, 16, seen=6, reserved=2)
+            outs[kind] = []
+            for seen in range(6, 12):
+                if seen == 9:
+                    forward.cache.reserve(8)  # other buffers; until then two steps fit and the third does not
+                if seen == 11:
+                    forward.cache.crop_newest(2)
+                forward.positions, forward.seen = torch.tensor([[seen - 1]]), seen
+                hidden = states(1, 1, 64)
+                for layer in layers:
+                    hidden = layer(hidden, model.rotary.at(forward.positions, seen), forward)
+                outs[kind].append(hidden)
+        assert len(whole_steps) == 2 + 3
+        for mine, theirs in zip(outs["whole"], outs["called"], strict=True):
+            assert (mine - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("pipeline", PACKED)
@@ -114,11 +170,12 @@ def test_rows_are_by_themselves_and_threads_change_nothing(pipeline: str) -> Non
         try:
             for threads in (1, 3):
                 torch.set_num_threads(threads)
-                found.append((_without_cache(model, rows, hidden), heads(hidden)))
+                found.append((_without_cache(model, rows, hidden), heads(hidden), run(model, hidden, [rows], reserved=1)))
         finally:
             torch.set_num_threads(before)
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])  # type: ignore[arg-type]
+        assert torch.equal(found[0][2], found[1][2])
         single = [_without_cache(model, rows, row[None]) for row in hidden]
         assert torch.equal(found[0][0], torch.cat(single))
 
@@ -164,8 +221,22 @@ def test_plain_and_biased_maps_are_none_of_its_kind() -> None:
     assert model.native_head is None
 
 
-@pytest.mark.parametrize("policy", ["streamingllm:keep=0.5", "adakv:keep=0.5", "kivi", "h2o:keep=0.5", "quest:keep=0.5"])
-def test_cache_policies_act_as_they_do_without_it(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("policy", "is_whole"),
+    [
+        ("lagkv:keep=1", True),  # neutral: a plain cache
+        ("snapkv:keep=0.5", True),  # a cache with gaps
+        ("adakv:keep=0.5", True),  # heads of different lengths
+        ("streamingllm:keep=0.5", False),  # evicts at every step
+        ("tova:keep=0.5", False),
+        ("kivi", False),
+        ("h2o:keep=0.5", False),
+        ("quest:keep=0.5", False),
+    ],
+)
+def test_cache_policies_act_as_they_do_without_it(
+    policy: str, is_whole: bool, whole_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = make_session()
     stack = effective(parse_pipeline(f"rtn:bits=8+quantized-activations+{policy}+lean-decode"))
     found = {}
@@ -176,6 +247,7 @@ def test_cache_policies_act_as_they_do_without_it(policy: str, monkeypatch: pyte
             trace = generate(session, [prompt(60)])
             found[kind] = (tokens(trace), trace.counts["kv_bytes"])
     assert found["native"] == found["called"]
+    assert bool(whole_steps) == is_whole
 
 
 def test_a_profiler_sees_it_as_a_product() -> None:

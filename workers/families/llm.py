@@ -22,7 +22,7 @@ from workers.families.cache_frames import frames_of, heads_of, is_moment, is_who
 from workers.families.comparing import distance, kept_shares
 from workers.families.parts import language_parts
 from workers.families.text import Streamer, encode_item
-from workers.mechanisms.attention import Forward, forwarding
+from workers.mechanisms.attention import Forward, forwarding, of_steps
 from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.chunk_end import ending_chunk
 from workers.mechanisms.expert_load import counting_experts
@@ -157,7 +157,7 @@ class LanguageFamily:
             padded=state.padded,
             prompt_lengths=state.lengths,
             kernel=session.spec.attention,
-            observers=session.observers,
+            observers=of_steps(session.observers),
             reading=session.reading,
             attending=session.attending,
             retain_queries=session.retain_queries if session.retain_on else 0,

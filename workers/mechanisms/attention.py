@@ -158,6 +158,21 @@ class AttentionCall:
         return logits.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).reshape(b, hq, w, s)
 
 
+@dataclass(frozen=True)
+class InPrompts:
+    """An observer of prompts alone: decode steps are not shown to it, and need not make a call to show."""
+
+    observe: Callable[[AttentionCall], None]
+
+    def __call__(self, call: AttentionCall) -> None:
+        self.observe(call)
+
+
+def of_steps(observers: Sequence[Callable[[AttentionCall], None]]) -> list[Callable[[AttentionCall], None]]:
+    """Those that want to see decode steps."""
+    return [o for o in observers if not isinstance(o, InPrompts)]
+
+
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """Logits of the attention where the model lets none go far beyond ``softcap`` (Gemma 2); None = as they are."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

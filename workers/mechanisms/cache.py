@@ -52,13 +52,29 @@ class HeadGroup:
     def append(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
         """Add keys and values of these heads [B, H, T, D] at ``positions`` [B, T] (None = next ones)."""
         self.store.append(keys, values)
-        if self.positions is not None and positions is not None:
-            new = positions[:, None, :].expand(-1, self.positions.shape[1], -1)
-            self.positions = torch.cat((self.positions, new), 2)
+        if positions is not None:
+            self._place(positions)
         for name, x in self.tracked.items():
             self.tracked[name] = torch.nn.functional.pad(x, (0, keys.shape[2]))
         if self.pages is not None:
             self.pages = self.pages.joined(keys)
+
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, >= S + 1, D] where the next entry may be written; None where appending is more than that."""
+        if self.tracked or self.padded or self.pages is not None or not isinstance(self.store, FloatStore):
+            return None
+        return self.store.room()
+
+    def wrote(self, positions: Tensor) -> None:
+        """The next entry, at ``positions`` [B, 1], was written into :meth:`room`."""
+        self.store.wrote()  # type: ignore[attr-defined]
+        self._place(positions)
+
+    def _place(self, positions: Tensor) -> None:
+        """Note positions [B, T] of new entries, where they do not simply follow."""
+        if self.positions is not None:
+            new = positions[:, None, :].expand(-1, self.positions.shape[1], -1)
+            self.positions = torch.cat((self.positions, new), 2)
 
     def logical(self, batch: int, device: torch.device) -> Tensor:
         """Positions [B, 1 or H, S], made explicit."""

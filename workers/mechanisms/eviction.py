@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.mechanisms.attention import AttentionCall, Forward
+from workers.mechanisms.attention import AttentionCall, Forward, InPrompts
 from workers.mechanisms.cache import PADDING, StudioCache
 from workers.mechanisms.chunk_end import ChunkEnd
 from workers.mechanisms.held import Held
@@ -78,7 +78,7 @@ def evicting(
         if is_due(call.forward, when, every, between_chunks):
             evict(session, policy, call, choose, fold)
 
-    with session.hooked(session.observers, observe):
+    with session.hooked(session.observers, InPrompts(observe) if when == "prefill" else observe):
         yield
 
 

@@ -95,6 +95,16 @@ class FloatStore:
             self._grow(keys, values, total)
         self._length = total
 
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, H, >= S + 1, D] with room for the next entry behind those stored; None = there is none."""
+        if self._keys is None or self._values is None or self._length >= self._keys.shape[2]:
+            return None
+        return self._keys, self._values
+
+    def wrote(self) -> None:
+        """The next entry was written into :meth:`room` by someone else."""
+        self._length += 1
+
     def _grow(self, keys: Tensor, values: Tensor, total: int) -> None:
         old_k, old_v = (
             (x[:, :, : self._length] for x in (self._keys, self._values))

@@ -1,8 +1,11 @@
-/* What stands around the attention of a decoder layer of the Llama kind, for a few rows: norms, products with packed weights
- * (packed_rows.h), rotary turns, SiLU, residuals, in one parallel region.
+/* Decoder layers of the Llama kind for a few rows: norms, products with packed weights (packed_rows.h), rotary turns, SiLU,
+ * residuals from one attention to the next in one parallel region; and whole layers in one where every row is a single new token
+ * and the cache is plain.
  *
- * Shapes: m rows, C hidden width, Hq query heads, H key-value heads, D head width, F width of the feed-forward block.
+ * Shapes: m rows, C hidden width, Hq query heads, H key-value heads, D head width, F width of the feed-forward block, S entries.
  */
+#include <omp.h>
+
 #include "packed_rows.h"
 
 #ifdef INTEGER_PRODUCTS
@@ -64,10 +67,10 @@ typedef struct {
     void *codes;
 } room;
 
-static room room_for(long m, const layer *const some[2]) {
+static room room_for(long m, const layer *const *some, long count) {
     long floats = 0;
     size_t bytes = 0;
-    for (int i = 0; i < 2; i++) {
+    for (long i = 0; i < count; i++) {
         if (!some[i]) continue;
         const map *maps[] = {&some[i]->qkv, &some[i]->out, &some[i]->gate_up, &some[i]->down};
         for (int j = 0; j < 4; j++) {
@@ -126,6 +129,100 @@ static void team_after(const layer *l, const float *mixed, const float *hidden, 
         _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(at.rows + i)));
 }
 
+/* What one head of a layer remembers of all rows, as workers.mechanisms.lean_rows.Memory lays it out. */
+typedef struct {
+    float *keys, *values; /* [S, D] of the first row */
+    int64_t row;          /* numbers from one row to the next */
+    int64_t length;       /* S, without the new entry */
+} memory;
+
+/* Attention of a query [D] to keys and values [S, D] -> out [D]; D is a multiple of 16, at most 16 MOST; scores: room for S + 16. */
+#define MOST 16
+static void attend_row(const float *query, const float *keys, const float *values, long s, long d, float scale, float *scores,
+                       float *out) {
+    const long parts = d / 16;
+    __m512 q[MOST], total[MOST], highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long c = 0; c < parts; c++) {
+        q[c] = _mm512_mul_ps(_mm512_loadu_ps(query + 16 * c), _mm512_set1_ps(scale));
+        total[c] = _mm512_setzero_ps();
+    }
+    for (long j = 0; j < s; j++) {
+        __m512 dot = _mm512_mul_ps(q[0], _mm512_loadu_ps(keys + j * d));
+        for (long c = 1; c < parts; c++) dot = _mm512_fmadd_ps(q[c], _mm512_loadu_ps(keys + j * d + 16 * c), dot);
+        scores[j] = _mm512_reduce_add_ps(dot);
+    }
+    for (long j = s; j < s + 16; j++) scores[j] = -INFINITY;
+    for (long j = 0; j < s; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    for (long j = 0; j < s; j += 16) {
+        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), highest));
+        sum = _mm512_add_ps(sum, weight);
+        _mm512_storeu_ps(scores + j, weight);
+    }
+    for (long j = 0; j < s; j++) {
+        __m512 weight = _mm512_set1_ps(scores[j]);
+        for (long c = 0; c < parts; c++) total[c] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(values + j * d + 16 * c), total[c]);
+    }
+    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    for (long c = 0; c < parts; c++) _mm512_storeu_ps(out + 16 * c, _mm512_mul_ps(total[c], share));
+}
+
+/* Keys and values of heads [m, Hq + 2 H, D] become the newest entries; then every query attends: mixed [m, Hq D].
+ *
+ * some: [H] of this layer; scores: [threads, stride].
+ */
+static void team_attend(const layer *l, const memory *some, const float *heads, long m, float scale, float *scores, long stride,
+                        float *mixed) {
+    const long d = l->width, kept = l->qkv.n / d - l->turned, queries = l->turned - kept;
+#pragma omp for schedule(static)
+    for (long i = 0; i < m * kept; i++) {
+        const memory *at = some + i % kept;
+        const float *key = heads + i / kept * l->qkv.n + (queries + i % kept) * d;
+        long place = i / kept * at->row + at->length * d;
+        memcpy(at->keys + place, key, d * sizeof(float));
+        memcpy(at->values + place, key + kept * d, d * sizeof(float));
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < m * queries; i++) {
+        long r = i / queries, head = i % queries;
+        const memory *at = some + head / (queries / kept);
+        attend_row(heads + r * l->qkv.n + head * d, at->keys + r * at->row, at->values + r * at->row, at->length + 1, d, scale,
+                   scores + omp_get_thread_num() * stride, mixed + (r * queries + head) * d);
+    }
+}
+
+/* All of some layers of one shape for m rows of one new token each: hidden [m, C] -> out [m, C]. The new entries are written behind
+ * those of the memories [count, H]; scales: of the logits, [count]; heads: as in `between`, to work in. Not 0: no memory. */
+int through(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
+            const float *cosines, const float *sines, long m, float *out, float *heads, int threads) {
+    const long d = layers[0]->width, kept = layers[0]->qkv.n / d - layers[0]->turned, c = layers[0]->qkv.k;
+    long longest = 0;
+    for (long i = 0; i < count * kept; i++) longest = most(longest, memories[i].length);
+    const long stride = longest + 1 + 2 * BLOCK, mixed_width = (layers[0]->turned - kept) * d;
+    room at = {0};
+    float *between_layers = malloc((m * (mixed_width + c) + threads * stride) * sizeof(float));
+    if (between_layers) at = room_for(m, layers, count);
+    if (!at.rows) {
+        free(between_layers);
+        return 1;
+    }
+    float *mixed = between_layers, *other = mixed + m * mixed_width, *scores = other + m * c;
+#pragma omp parallel num_threads(threads)
+    {
+        const float *in = hidden;
+        for (long i = 0; i < count; i++) {
+            float *to = (count - i) % 2 ? out : other; /* the last one is `out` */
+            team_before(layers[i], in, cosines, sines, m, heads, at);
+            team_attend(layers[i], memories + i * kept, heads, m, (float)scales[i], scores, stride, mixed);
+            team_after(layers[i], mixed, in, m, to, at);
+            in = to;
+        }
+    }
+    free(at.rows);
+    free(between_layers);
+    return 0;
+}
+
 /* From the attention of one layer to that of the next: of either, NULL = there is none.
  *
  * mixed: [m, Hq D] of the attention of `last`; hidden: [m, C] that went into it; out: [m, C] that comes out of it.
@@ -134,7 +231,7 @@ static void team_after(const layer *l, const float *mixed, const float *hidden, 
 int between(const layer *last, const layer *next, const float *mixed, const float *hidden, const float *cosines, const float *sines,
             long m, float *out, float *heads, int threads) {
     const layer *some[2] = {last, next};
-    room at = room_for(m, some);
+    room at = room_for(m, some, 2);
     if (!at.rows) return 1;
 #pragma omp parallel num_threads(threads)
     {

@@ -1,9 +1,9 @@
-"""Lean layers whose linear maps multiply integers: everything around the attention in one native call a layer.
+"""Lean layers whose linear maps multiply integers: one native call from attention to attention, or one for all layers.
 
 A decode step of a small model spends as long on some thirty calls a layer as on reading its weights. Here norms, products, rotary
 turns, the activation and the sums in between run in one parallel region from one attention to the next; the attention itself
-stays the one function that cache policies hang on. Numbers are those of :class:`~workers.mechanisms.lean.LeanLayer` up to the
-order of sums, each row by itself.
+stays the one function that cache policies hang on. Where the cache is plain and nobody looks, the attention runs in there too and
+a step is one call. Numbers are those of :class:`~workers.mechanisms.lean.LeanLayer` up to the order of sums, each row by itself.
 
 Shapes: B batch, T new tokens, C hidden width, Hq query heads, H key-value heads, D head width, V vocabulary.
 """
@@ -11,7 +11,7 @@ Shapes: B batch, T new tokens, C hidden width, Hq query heads, H key-value heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_double, c_int, c_int64, c_long, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_long, c_void_p, pointer
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.mechanisms.attention import Forward, attend
+from workers.mechanisms.cache import HeadGroup, KVLayer
 from workers.mechanisms.fusing import is_hooked
 from workers.mechanisms.native import kernels
 from workers.mechanisms.packed_rows import ROWS, PackedMap, packed_map
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from workers.mechanisms.lean import LeanLayer, Norm, Rotary
 
 NAME = "native::linear_rows"  # what a profiler sees
+WIDEST = 256  # the kernel's attention holds a head in registers
 
 
 class Shape(Structure):
@@ -91,8 +93,65 @@ def _is_plain(norm: Norm) -> bool:
     return norm.weight.dtype == torch.float32 and norm.weight.is_contiguous()
 
 
+class Memory(Structure):
+    """What a head of a layer remembers, as the kernel sees it (``memory`` in lean_rows.c)."""
+
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("row", c_int64), ("length", c_int64))
+
+
+class Memories:
+    """What all heads of some layers remember, where that is plain floats, read whole, with room for one more entry.
+
+    Args:
+        groups: the heads of all layers, in their order.
+        rooms: where their entries are: keys and values [B, H, room, D].
+    """
+
+    def __init__(self, groups: Sequence[HeadGroup], rooms: Sequence[tuple[Tensor, Tensor]]):
+        self.groups, self.rooms = groups, rooms
+        self.heads = (Memory * sum(g.stop - g.start for g in groups))()
+        at = 0
+        for keys, values in rooms:
+            gap = keys.stride(1) * keys.element_size()
+            for head in range(keys.shape[1]):
+                self.heads[at] = Memory(keys.data_ptr() + head * gap, values.data_ptr() + head * gap, keys.stride(0))
+                at += 1
+
+    @classmethod
+    def of(cls, layers: Sequence[KVLayer], shape: tuple[int, int, int], before: Memories | None) -> Memories | None:
+        """The memories of these layers; None where one of them is of another kind.
+
+        Args:
+            shape: rows, heads of a layer and their width.
+            before: those of the last step, used again where nothing moved.
+        """
+        rows, heads, width = shape
+        groups = [g for layer in layers for g in layer.groups]
+        rooms = [room for g in groups if (room := g.room()) is not None]
+        if len(rooms) < len(groups) or any(layer.heads != heads for layer in layers):
+            return None
+        if not all(_is_row(k) and _is_row(v) and k.shape == v.shape and (len(k), k.shape[3]) == (rows, width) for k, v in rooms):
+            return None
+        if (
+            before is None
+            or len(before.rooms) != len(rooms)
+            or any(a[0] is not b[0] for a, b in zip(before.rooms, rooms, strict=True))
+        ):
+            before = cls(groups, rooms)
+        before.groups = groups
+        at = 0
+        for g in groups:
+            for _ in range(g.start, g.stop):
+                before.heads[at].length = g.store.length
+                at += 1
+        return before
+
+
 class LeanRows:
     """Consecutive layers: hidden states [B, T, C] -> [B, T, C].
+
+    Single new tokens over a plain cache, that nobody looks at, go through all layers in one call; else there is one call from each
+    attention to the next.
 
     Args:
         layers, shapes: the same layers for either side; wide inputs and other number formats run through the former.
@@ -103,6 +162,12 @@ class LeanRows:
         first = self.layers[0]
         self.sizes = (first.query_heads, first.kv_heads, first.kv_heads)
         self.at = [byref(shape) for shape in self.shapes]
+        self.indices = [layer.index for layer in self.layers]
+        self.pointers = (POINTER(Shape) * len(self.shapes))(*map(pointer, self.shapes))
+        self.scales = (c_double * len(self.layers))(*(layer.scaling for layer in self.layers))
+        self.memories: Memories | None = None
+        fits = first.width % 16 == 0 and first.width <= WIDEST and first.query_heads % first.kv_heads == 0
+        self.alike = fits and all(_outline(layer) == _outline(first) and layer.window is None for layer in self.layers)
 
     def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
         b, t, _ = hidden.shape
@@ -111,8 +176,13 @@ class LeanRows:
             for layer in self.layers:
                 hidden = layer(hidden, rotary, forward)
             return hidden
-        heads = hidden.new_empty(b, t, sum(self.sizes), width)
         turns = (cosines.data_ptr(), sines.data_ptr(), b * t)
+        if t == 1 and self.alike and is_unwatched(forward):
+            layers = [forward.cache.layers[index] for index in self.indices]
+            self.memories = Memories.of(layers, (b, self.sizes[1], width), self.memories)
+            if self.memories is not None:
+                return self._through(self.memories, hidden, turns, forward)
+        heads = hidden.new_empty(b, t, sum(self.sizes), width)
         call_between(None, self.at[0], None, hidden.data_ptr(), *turns, None, heads.data_ptr())
         for at, following, layer in zip(self.at, [*self.at[1:], None], self.layers, strict=True):
             query, key, value = heads.transpose(1, 2).split_with_sizes(self.sizes, 1)
@@ -121,6 +191,28 @@ class LeanRows:
             call_between(at, following, mixed.data_ptr(), hidden.data_ptr(), *turns, out.data_ptr(), heads.data_ptr())
             hidden = out
         return hidden
+
+    def _through(self, memories: Memories, hidden: Tensor, turns: tuple[int, int, int], forward: Forward) -> Tensor:
+        """All layers in one call; the cache learns of its new entries afterwards."""
+        out, heads = torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], sum(self.sizes), self.layers[0].width)
+        where = (self.pointers, len(self.layers), memories.heads, self.scales)
+        call_through(*where, hidden.data_ptr(), *turns, out.data_ptr(), heads.data_ptr())
+        for g in memories.groups:
+            g.wrote(forward.positions)
+        for index in self.indices:
+            forward.cache.layers[index].seen = forward.seen
+        return out
+
+
+def _outline(layer: LeanLayer) -> tuple[int, int, int]:
+    return layer.width, layer.query_heads, layer.kv_heads
+
+
+def is_unwatched(forward: Forward) -> bool:
+    """True if nobody looks at the attention of this forward, or changes it; a profiler wants to see it apart too."""
+    retains = forward.retain_queries and (forward.phase == "prefill" or forward.retain_on)
+    touched = forward.attending or forward.reading or forward.observers or forward.narrowed or retains
+    return not touched and forward.kernel == "sdpa" and not torch.autograd._profiler_enabled()
 
 
 class HeadRows:
@@ -151,15 +243,33 @@ def call_between(*arguments: Any) -> None:
     """
     if torch.autograd._profiler_enabled():
         with torch.autograd.profiler.record_function(NAME):
-            failed = _function()(*arguments, torch.get_num_threads())
+            failed = _between()(*arguments, torch.get_num_threads())
     else:
-        failed = _function()(*arguments, torch.get_num_threads())
+        failed = _between()(*arguments, torch.get_num_threads())
     if failed:
         raise MemoryError
 
 
+def call_through(*arguments: Any) -> None:
+    """``through`` of lean_rows.c.
+
+    Raises:
+        MemoryError: there is no room to work in.
+    """
+    if _through()(*arguments, torch.get_num_threads()):
+        raise MemoryError
+
+
 @cache
-def _function() -> Any:
+def _through() -> Any:
+    library: Any = kernels().library
+    run = library.through
+    run.argtypes = [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int]
+    return run
+
+
+@cache
+def _between() -> Any:
     library: Any = kernels().library
     run = library.between
     run.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int]

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from studio_state.catalog import Card
-from workers.mechanisms.attention import AttentionCall
+from workers.mechanisms.attention import AttentionCall, InPrompts
 from workers.mechanisms.eviction import Guarded
 from workers.mechanisms.evictor import EVICTS
 from workers.mechanisms.rotary import Rotary, UnturnedEvictor
@@ -77,13 +77,15 @@ class ExpectedAttention(UnturnedEvictor):
 
     @contextmanager
     def _evicting_by(self, session: Session, rotary: Rotary) -> Iterator[None]:
-        with session.hooked(session.observers, partial(self.add, rotary)), super()._evicting_by(session, rotary):
+        add = partial(self.add, rotary)
+        with (
+            session.hooked(session.observers, InPrompts(add) if self.when == "prefill" else add),
+            super()._evicting_by(session, rotary),
+        ):
             yield
 
     def add(self, rotary: Rotary, call: AttentionCall) -> None:
         """Add this call's queries to the layer's moments, as long as an eviction may still ask for them."""
-        if self.when == "prefill" and call.forward.phase == "decode":
-            return
         positions = call.forward.positions_at(call.layer)
         new = Moments.of(rotary.undo(call.query, positions[:, None], call.layer), positions >= self.sinks)
         before = call.cache.notes.get(QUERIES)

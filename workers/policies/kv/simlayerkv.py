@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from studio_state.catalog import Card
-from workers.mechanisms.attention import AttentionCall, Forward
+from workers.mechanisms.attention import AttentionCall, Forward, InPrompts
 from workers.mechanisms.cache import PADDING, KVLayer, StudioCache
 from workers.mechanisms.evictor import EVICTS
 from workers.mechanisms.ranking import best_of_real
@@ -61,7 +61,7 @@ class SimLayerKV(Policy):
         shares: dict[int, Tensor] = {}
 
         def look(call: AttentionCall) -> None:
-            if call.forward.phase == "prefill" and call.forward.ends_prefill:
+            if call.forward.ends_prefill:
                 shares[call.layer] = self.share(call)
 
         def cut(cache: StudioCache, forward: Forward) -> None:
@@ -71,7 +71,7 @@ class SimLayerKV(Policy):
                     session.did(self.card.id, dropped)
             shares.clear()
 
-        looks, cuts = session.hooked(session.observers, look), session.hooked(session.after_prefill, cut)
+        looks, cuts = session.hooked(session.observers, InPrompts(look)), session.hooked(session.after_prefill, cut)
         with session.remembering(self.window), looks, cuts:
             yield
 
