@@ -1,4 +1,4 @@
-"""Layers in native rows against the same layers call by call, and against float64."""
+"""Layers of packed weights in one native call against the same layers call by call, and against float64."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from workers.session import Session
 
 pytestmark = pytest.mark.skipif(native.kernels().library is None, reason=native.kernels().told)
 PACKED = ["rtn:bits=4", "rtn:bits=8", "mixed-bits"]
+PIPELINES = [*PACKED, *(f"{p}+quantized-activations" for p in PACKED)]  # floats, and integers
 
 
 @contextmanager
 def lean_model(pipeline: str) -> Iterator[tuple[Session, LeanModel]]:
     """A lean model on the session with these policies."""
     session = make_session()
-    with attached(session, *effective(parse_pipeline(f"{pipeline}+quantized-activations"))):
+    with attached(session, *effective(parse_pipeline(pipeline))):
         yield session, LeanModel(session)
 
 
@@ -73,7 +74,7 @@ def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return called
 
 
-@pytest.mark.parametrize("pipeline", PACKED)
+@pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("seen", [1 + 1, 16, 17, 18, 333])  # about a vector of scores, and many
 def test_all_layers_at_once_are_the_layers_call_by_call(pipeline: str, batch: int, seen: int, whole_steps: list[int]) -> None:
@@ -114,7 +115,7 @@ def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
             assert (mine - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("pipeline", PACKED)
+@pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize(("batch", "new"), [(1, 1), (5, 1), (2, 3)])
 def test_native_rows_are_the_layers_call_by_call(pipeline: str, batch: int, new: int) -> None:
     with lean_model(pipeline) as (_, model):
@@ -132,7 +133,7 @@ def test_native_rows_are_the_layers_call_by_call(pipeline: str, batch: int, new:
 
 def test_one_layer_in_float64() -> None:
     """Norm, product, turn, attention, product, sum, norm, product, SiLU, product, sum: written out."""
-    with lean_model("rtn:bits=4") as (_, model):
+    with lean_model("rtn:bits=4+quantized-activations") as (_, model):
         (rows,) = model.layers
         layer: LeanLayer = rows.layers[0]  # type: ignore[attr-defined]
         hidden = states(1, 1, 64)
@@ -159,7 +160,7 @@ def test_one_layer_in_float64() -> None:
         assert (run(model, hidden, [alone]) - x).abs().max() < 2e-5 * x.abs().max()
 
 
-@pytest.mark.parametrize("pipeline", PACKED)
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_rows_are_by_themselves_and_threads_change_nothing(pipeline: str) -> None:
     with lean_model(pipeline) as (_, model):
         (rows,) = model.layers
@@ -213,12 +214,13 @@ def test_a_layer_that_is_looked_into_splits_the_rows() -> None:
         assert isinstance(other, LeanLayer)
 
 
-def test_plain_and_biased_maps_are_none_of_its_kind() -> None:
+def test_plain_maps_are_none_of_its_kind() -> None:
     session = make_session()
-    with attached(session, *effective(parse_pipeline("rtn:bits=4"))):
+    with attached(session, *effective(parse_pipeline("rtn:bits=3"))):  # planes of bits
         model = LeanModel(session)
     assert all(isinstance(x, LeanLayer) for x in model.layers)
-    assert model.native_head is None
+    assert model.native_head is not None  # this policy keeps the head in 8 bits
+    assert LeanModel(make_session()).native_head is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -71,6 +72,24 @@ def test_the_kernel_multiplies_the_codes_with_the_stored_weights(format: str, sh
     size = x.double().abs() @ module.matrix().double().abs().T  # what the errors of a sum are measured by
     assert ((module(x) - exact).abs() <= 3e-6 * size + 1e-6).all()
     assert torch.equal(module(x), torch.cat([module(row[None]) for row in x]))  # each row by itself, bit by bit
+
+
+@KERNEL
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 32])
+def test_the_kernel_multiplies_floats_with_the_stored_weights(format: str, shape: tuple[int, int], rows: int) -> None:
+    group = 32 if format == "int8" else int(format.rpartition(" ")[2])
+    module = packed(format, shape[0], -(-shape[1] // group) * group, bias=True)
+    x = torch.randn(rows, module.in_features)
+    assert module.product() is not None
+    exact = x.double() @ module.matrix().double().T + module.bias.double()  # type: ignore[union-attr]
+    size = x.double().abs() @ module.matrix().double().abs().T
+    assert ((module(x) - exact).abs() <= 1e-5 * size + 1e-6).all()
+    assert torch.equal(module(x), torch.cat([module(row[None]) for row in x]))
+    moved = copy.deepcopy(module)
+    module.codes.zero_() if isinstance(module, Int8Linear) else module.packed.zero_()
+    assert not torch.equal(moved(x), module(x))  # a copy reads its own weights
 
 
 @KERNEL

@@ -25,8 +25,8 @@ load_tensors:   CPU_REPACK model buffer size =   56.95 MiB
 COMPILED = [
     {"file": "/s/ggml/src/ggml.c", "command": "cc -O0 -c ggml.c"},
     {
-        "file": "/s/ggml/src/ggml-cpu/quants.c",
-        "command": "/usr/bin/cc -DGGML_USE_CPU_REPACK -DNDEBUG -D_GNU_SOURCE -I/s/include -U__AMX_INT8__ -O3 -std=gnu11 -Wall -march=native -fopenmp -o x -c y",
+        "file": "/s/ggml/src/ggml-cpu/repack.cpp",
+        "command": "/usr/bin/cc -DGGML_USE_CPU_REPACK -DNDEBUG -D_GNU_SOURCE -I/s/include -fno-dse -O3 -std=gnu++17 -Wall -march=native -fopenmp -o x -c y",
     },
 ]
 ROUNDS = {
@@ -63,9 +63,15 @@ def test_a_build_of_other_options_is_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_flags_are_those_of_the_packed_products() -> None:
-    assert llama_build.flags(json.dumps(COMPILED)) == "-DGGML_USE_CPU_REPACK -DNDEBUG -U__AMX_INT8__ -O3 -march=native -fopenmp"
-    with pytest.raises(StudioError, match=r"CMake lists no ggml-cpu/quants\.c"):
+    assert llama_build.flags(json.dumps(COMPILED)) == "-DGGML_USE_CPU_REPACK -DNDEBUG -fno-dse -O3 -march=native -fopenmp"
+    with pytest.raises(StudioError, match=r"CMake lists no ggml-cpu/repack\.cpp"):
         llama_build.flags(json.dumps(COMPILED[:1]))
+
+
+def test_the_compiler_is_what_cmake_found() -> None:
+    notes = 'set(CMAKE_CXX_COMPILER "/usr/bin/c++")\nset(CMAKE_CXX_COMPILER_ID "GNU")\nset(CMAKE_CXX_COMPILER_VERSION "12.2.0")\n'
+    assert llama_build.compiler(notes) == "GNU 12.2.0"
+    assert llama_build.compiler("") == "compiler unknown"
 
 
 def test_lanes_are_held_against_the_fastest_of_either_side() -> None:

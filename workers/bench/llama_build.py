@@ -43,15 +43,13 @@ OPTIONS = (
     "BUILD_SHARED_LIBS=OFF",
     "GGML_CCACHE=OFF",
     *(f"LLAMA_{part}=OFF" for part in ("OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER", "BUILD_APP")),
-    # AMX multiplies matrices: prompts, not single tokens, which are what is raced. It would take the place of repacked weights, and
-    # compilers before GCC 13 drop the settings of its tiles, so that reading a prompt ends in an illegal instruction.
-    "CMAKE_C_FLAGS=-U__AMX_INT8__",
-    "CMAKE_CXX_FLAGS=-U__AMX_INT8__",
+    # GCC 12 takes the settings of AMX tiles for stores that nobody reads, drops them, and reading a prompt ends in an illegal instruction.
+    "CMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse",
     "CMAKE_EXPORT_COMPILE_COMMANDS=ON",  # the flags are read from there
     "LLAMA_BUILD_NUMBER=0",
     f"LLAMA_BUILD_COMMIT={COMMIT}",
 )
-KERNELS = "ggml-cpu/quants.c"  # the file whose flags are told: the products of the packed formats
+KERNELS = "ggml-cpu/repack.cpp"  # the file whose flags are told: products of packed weights
 Tell = Callable[[str], None]
 
 
@@ -148,10 +146,14 @@ def flags(compile_commands: str) -> str:
     for entry in json.loads(compile_commands):
         if entry["file"].replace(os.sep, "/").endswith(KERNELS):
             words = shlex.split(entry["command"])
-            return " ".join(
-                w for w in words if w.startswith(("-O", "-m", "-f", "-U")) or w == "-DNDEBUG" or w.startswith("-DGGML_USE")
-            )
+            return " ".join(w for w in words if w.startswith(("-O", "-m", "-f")) or w == "-DNDEBUG" or w.startswith("-DGGML_USE"))
     raise StudioError(f"CMake lists no {KERNELS}; the sources of {PACKAGE} {VERSION} have changed")
+
+
+def compiler(notes: str) -> str:
+    """Name and version of the C++ compiler, from what CMake wrote down of it."""
+    found = dict(re.findall(r'set\(CMAKE_CXX_COMPILER_(ID|VERSION) "([^"]*)"\)', notes))
+    return " ".join(found[key] for key in ("ID", "VERSION") if found.get(key)) or "compiler unknown"
 
 
 def home() -> Path:
@@ -227,9 +229,9 @@ def _build(folder: Path, tell: Tell) -> Built:
     jobs = psutil.cpu_count() or 1
     tell(f"compiling llama.cpp for this processor, once, in {jobs} processes (minutes; follow it in {log})")
     _step(["cmake", "--build", str(folder / "build"), "--parallel", str(jobs), "--target", *TARGETS], log, environment)
-    compiler = re.search(r"CXX compiler identification is (.+)", log.read_text(encoding="utf-8", errors="replace"))
     commands = (folder / "build" / "compile_commands.json").read_text(encoding="utf-8")
-    told = {"flags": flags(commands), "compiler": compiler[1] if compiler else "compiler unknown"}
+    notes = [file.read_text(encoding="utf-8") for file in (folder / "build" / "CMakeFiles").glob("*/CMakeCXXCompiler.cmake")]
+    told = {"flags": flags(commands), "compiler": compiler("".join(notes))}
     (folder / "built.json").write_text(json.dumps({**told, "options": OPTIONS}) + "\n", encoding="utf-8")
     return Built(folder, **told)
 

@@ -235,7 +235,7 @@ class LeanModel:
 
 
 def native_where_possible(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers in which integers are multiplied, one after the other, as one; all others as they are."""
+    """Layers of packed weights that follow each other as one; all others as they are."""
     found: list[Layer] = []
     shapes = [shape_of(layer) if type(layer) is LeanLayer else None for layer in layers]
     for native, some in groupby(zip(layers, shapes, strict=True), lambda pair: pair[1] is not None):

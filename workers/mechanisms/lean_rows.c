@@ -34,8 +34,8 @@ static __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(sum, n);
 }
 
-/* RMSNorm of one row, then its rounding. */
-static void norm_row(const float *x, const float *weight, double eps, long r, const map *w, float *normed, const rounded *out) {
+/* RMSNorm of one row, ready for the map. */
+static void norm_row(const float *x, const float *weight, double eps, long r, const map *w, float *normed, const inputs *to) {
     long k = w->k;
     __m512 squares = _mm512_setzero_ps();
     for (long i = 0; i < k; i += 16) {
@@ -45,7 +45,7 @@ static void norm_row(const float *x, const float *weight, double eps, long r, co
     __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)k + (float)eps));
     for (long i = 0; i < k; i += 16)
         _mm512_storeu_ps(normed + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
-    round_row(normed, r, k, w->group, out);
+    prepare_row(w, to, r);
 }
 
 /* The head at x [D] by cosines and signed sines [D]: x cos + roll(x, D / 2) sin. D is even. */
@@ -61,34 +61,35 @@ static void turn(float *x, const float *cosines, const float *sines, long d) {
     }
 }
 
-/* Rows to work in: floats [m, the widest], and the rounded rows of every map in turn. */
+/* To work in: what goes into a map and what comes out of it, floats [m, the widest] each, and what inputs_in needs. */
 typedef struct {
-    float *rows;
-    void *codes;
+    float *in, *out;
+    void *beside;
 } room;
 
 static room room_for(long m, const layer *const *some, long count) {
-    long floats = 0;
+    long widest_in = 0, widest_out = 0;
     size_t bytes = 0;
     for (long i = 0; i < count; i++) {
         if (!some[i]) continue;
         const map *maps[] = {&some[i]->qkv, &some[i]->out, &some[i]->gate_up, &some[i]->down};
         for (int j = 0; j < 4; j++) {
             if (!maps[j]->codes) continue;
-            floats = most(floats, most(maps[j]->k, maps[j] == &some[i]->gate_up ? maps[j]->n : 0));
-            bytes = most(bytes, rounded_bytes(m, maps[j]->k, groups_of(maps[j]->k, maps[j]->group)));
+            widest_in = most(widest_in, maps[j]->k);
+            widest_out = most(widest_out, j < 2 ? 0 : maps[j]->n); /* the others have rooms of their own */
+            bytes = most(bytes, inputs_bytes(maps[j], m));
         }
     }
-    float *rows = malloc(m * floats * sizeof(float) + bytes + BLOCK);
-    return (room){rows, rows ? rows + m * floats : NULL};
+    float *in = malloc(m * (widest_in + widest_out) * sizeof(float) + bytes);
+    return (room){in, in ? in + m * widest_in : NULL, in ? in + m * (widest_in + widest_out) : NULL};
 }
 
 /* Norm and first product of a layer: hidden [m, C] -> heads [m, N], queries and keys turned. */
 static void team_before(const layer *l, const float *hidden, const float *cosines, const float *sines, long m, float *heads, room at) {
-    rounded given = rounded_in(at.codes, m, groups_of(l->qkv.k, l->qkv.group));
+    const inputs given = inputs_in(at.beside, at.in, m, &l->qkv);
 #pragma omp for schedule(static)
     for (long r = 0; r < m; r++)
-        norm_row(hidden + r * l->qkv.k, l->norm_in, l->eps_in, r, &l->qkv, at.rows + r * l->qkv.k, &given);
+        norm_row(hidden + r * l->qkv.k, l->norm_in, l->eps_in, r, &l->qkv, at.in + r * l->qkv.k, &given);
     team_multiply(&l->qkv, &given, m, heads);
     if (!l->turned) return;
 #pragma omp for schedule(static)
@@ -101,32 +102,32 @@ static void team_before(const layer *l, const float *hidden, const float *cosine
 /* What follows the attention: mixed [m, Hq D], hidden [m, C] -> out [m, C]. */
 static void team_after(const layer *l, const float *mixed, const float *hidden, long m, float *out, room at) {
     const long c = l->out.n, f = l->down.k;
-    rounded given = rounded_in(at.codes, m, groups_of(l->out.k, l->out.group));
-    team_round(mixed, m, &l->out, &given);
+    inputs given = inputs_in(at.beside, mixed, m, &l->out);
+    team_prepare(&l->out, &given, m);
     team_multiply(&l->out, &given, m, out);
-    given = rounded_in(at.codes, m, groups_of(c, l->gate_up.group));
+    given = inputs_in(at.beside, at.in, m, &l->gate_up);
 #pragma omp for schedule(static)
     for (long r = 0; r < m; r++) {
         for (long i = r * c; i < (r + 1) * c; i += 16)
             _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(hidden + i), _mm512_loadu_ps(out + i)));
-        norm_row(out + r * c, l->norm_mlp, l->eps_mlp, r, &l->gate_up, at.rows + r * c, &given);
+        norm_row(out + r * c, l->norm_mlp, l->eps_mlp, r, &l->gate_up, at.in + r * c, &given);
     }
-    team_multiply(&l->gate_up, &given, m, at.rows);
-    given = rounded_in(at.codes, m, groups_of(f, l->down.group));
+    team_multiply(&l->gate_up, &given, m, at.out);
+    given = inputs_in(at.beside, at.in, m, &l->down);
 #pragma omp for schedule(static)
     for (long r = 0; r < m; r++) {
-        float *gate = at.rows + r * 2 * f; /* [2 F]; the product takes the gate's place */
+        const float *gate = at.out + r * 2 * f, *up = gate + f;
         for (long i = 0; i < f; i += 16) {
             __m512 x = _mm512_loadu_ps(gate + i);
             __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-            _mm512_storeu_ps(gate + i, _mm512_mul_ps(_mm512_div_ps(x, below), _mm512_loadu_ps(gate + f + i)));
+            _mm512_storeu_ps(at.in + r * f + i, _mm512_mul_ps(_mm512_div_ps(x, below), _mm512_loadu_ps(up + i)));
         }
-        round_row(gate, r, f, l->down.group, &given);
+        prepare_row(&l->down, &given, r);
     }
-    team_multiply(&l->down, &given, m, at.rows);
+    team_multiply(&l->down, &given, m, at.out);
 #pragma omp for schedule(static)
     for (long i = 0; i < m * c; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(at.rows + i)));
+        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(at.out + i)));
 }
 
 /* What one head of a layer remembers of all rows, as workers.mechanisms.lean_rows.Memory lays it out. */
@@ -202,7 +203,7 @@ int through(const layer *const *layers, long count, const memory *memories, cons
     room at = {0};
     float *between_layers = malloc((m * (mixed_width + c) + threads * stride) * sizeof(float));
     if (between_layers) at = room_for(m, layers, count);
-    if (!at.rows) {
+    if (!at.in) {
         free(between_layers);
         return 1;
     }
@@ -218,7 +219,7 @@ int through(const layer *const *layers, long count, const memory *memories, cons
             in = to;
         }
     }
-    free(at.rows);
+    free(at.in);
     free(between_layers);
     return 0;
 }
@@ -232,13 +233,13 @@ int between(const layer *last, const layer *next, const float *mixed, const floa
             long m, float *out, float *heads, int threads) {
     const layer *some[2] = {last, next};
     room at = room_for(m, some, 2);
-    if (!at.rows) return 1;
+    if (!at.in) return 1;
 #pragma omp parallel num_threads(threads)
     {
         if (last) team_after(last, mixed, hidden, m, out, at);
         if (next) team_before(next, last ? out : hidden, cosines, sines, m, heads, at);
     }
-    free(at.rows);
+    free(at.in);
     return 0;
 }
 #endif

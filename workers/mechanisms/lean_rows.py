@@ -1,4 +1,4 @@
-"""Lean layers whose linear maps multiply integers: one native call from attention to attention, or one for all layers.
+"""Lean layers whose weights are packed in 4 or 8 bits: one native call from attention to attention, or one for all layers.
 
 A decode step of a small model spends as long on some thirty calls a layer as on reading its weights. Here norms, products, rotary
 turns, the activation and the sums in between run in one parallel region from one attention to the next; the attention itself
@@ -22,6 +22,7 @@ from workers.mechanisms.attention import Forward, attend
 from workers.mechanisms.cache import HeadGroup, KVLayer
 from workers.mechanisms.fusing import is_hooked
 from workers.mechanisms.native import kernels
+from workers.mechanisms.packed_linear import PackedLinear
 from workers.mechanisms.packed_rows import ROWS, PackedMap, packed_map
 from workers.mechanisms.rounded_input import RoundedInput
 
@@ -56,7 +57,7 @@ class Shape(Structure):
 
 def shape_of(layer: LeanLayer) -> Shape | None:
     """The layer for the kernel; None where one of its parts is not of the kind that the kernel knows."""
-    maps = [_integer_map(module) for module in layer.maps]
+    maps = [_kernel_map(module) for module in layer.maps]
     norms = (layer.norm_in, layer.norm_mlp)
     if any(m is None for m in maps) or not all(map(_is_plain, norms)) or layer.head_norm is not None or layer.width % 2:
         return None
@@ -74,7 +75,7 @@ def shape_of(layer: LeanLayer) -> Shape | None:
 
 def head_of(norm: Norm, head: nn.Module) -> Shape | None:
     """The last norm and the head for the kernel, or None."""
-    found = _integer_map(head)
+    found = _kernel_map(head)
     if found is None or not _is_plain(norm):
         return None
     shape = Shape(qkv=found, norm_in=norm.weight.data_ptr(), eps_in=norm.eps)
@@ -82,11 +83,13 @@ def head_of(norm: Norm, head: nn.Module) -> Shape | None:
     return shape
 
 
-def _integer_map(module: nn.Module) -> PackedMap | None:
-    """The packed weights of a map behind 8-bit rounding that nobody looks into."""
-    if type(module) is not RoundedInput or is_hooked(module) or module.bias is not None:
+def _kernel_map(module: nn.Module) -> PackedMap | None:
+    """The weights of a map that our kernels multiply and nobody looks into, with or without rounding in front of it."""
+    rounds = type(module) is RoundedInput
+    inner = module.inner if rounds else module
+    if not isinstance(inner, PackedLinear) or is_hooked(module) or is_hooked(inner) or module.bias is not None:
         return None
-    return packed_map(module.inner, module.group)
+    return packed_map(inner.packed_weights(), rounds)
 
 
 def _is_plain(norm: Norm) -> bool:
@@ -125,26 +128,28 @@ class Memories:
             shape: rows, heads of a layer and their width.
             before: those of the last step, used again where nothing moved.
         """
-        rows, heads, width = shape
         groups = [g for layer in layers for g in layer.groups]
-        rooms = [room for g in groups if (room := g.room()) is not None]
-        if len(rooms) < len(groups) or any(layer.heads != heads for layer in layers):
-            return None
-        if not all(_is_row(k) and _is_row(v) and k.shape == v.shape and (len(k), k.shape[3]) == (rows, width) for k, v in rooms):
-            return None
-        if (
-            before is None
-            or len(before.rooms) != len(rooms)
-            or any(a[0] is not b[0] for a, b in zip(before.rooms, rooms, strict=True))
-        ):
-            before = cls(groups, rooms)
+        rooms = [g.room() for g in groups]
+        if before is None or not before.is_at(rooms):
+            plain = [room for room in rooms if room is not None]
+            if len(plain) < len(rooms) or any(layer.heads != shape[1] for layer in layers):
+                return None
+            rows, _, width = shape
+            if not all(_is_row(k) and _is_row(v) and k.shape == v.shape and k.shape[::3] == (rows, width) for k, v in plain):
+                return None
+            before = cls(groups, plain)
         before.groups = groups
-        at = 0
-        for g in groups:
-            for _ in range(g.start, g.stop):
-                before.heads[at].length = g.store.length
-                at += 1
+        lengths = [g.store.length for g in groups for _ in range(g.start, g.stop)]
+        for head, length in zip(before.heads, lengths, strict=True):
+            head.length = length
         return before
+
+    def is_at(self, rooms: Sequence[tuple[Tensor, Tensor] | None]) -> bool:
+        """True if the entries are where they were."""
+        return len(rooms) == len(self.rooms) and all(
+            there is not None and here[0] is there[0] and here[1] is there[1]
+            for here, there in zip(self.rooms, rooms, strict=True)
+        )
 
 
 class LeanRows:

@@ -1,10 +1,11 @@
 """Linear maps that keep their weights packed in 8 bits or fewer and multiply with float activations.
 
-Few rows (decode, scoring) go through PyTorch's weight-only CPU kernels, which read bfloat16
-activations and return bfloat16: with a float32 model the input and output of each such map are
-rounded to 8 significant bits. Each output row of these kernels depends on its own input row and
-weights only, so batching, chunking and fusing do not change a number. Many rows (prefill), other
-devices and other shapes unpack a slice of rows at a time and multiply in the activations' own dtype.
+Few rows (decode, scoring) go through kernels that read each packed weight once: our own in float32 where
+they can be compiled (:mod:`workers.mechanisms.packed_rows`), else PyTorch's weight-only CPU kernels, which
+read bfloat16 activations and return bfloat16, so that the input and output of each such map are rounded to
+8 significant bits. Each output row of these kernels depends on its own input row and weights only, so
+batching, chunking and fusing do not change a number. Many rows (prefill), other devices and other shapes
+unpack a slice of rows at a time and multiply in the activations' own dtype.
 
 Shapes: m input rows, N output rows, K inputs, g group, B rows of one packed block.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from workers.mechanisms import packing
 from workers.mechanisms.linear import Lookup, Replacement, bias_of, join_bias, matrix_of
+from workers.mechanisms.packed_rows import GROUP, Packed, Product, product_of
 
 # Above so many input rows unpacking and a float product are faster (measured with AVX-512).
 _INT8_KERNEL_ROWS, _INT4_KERNEL_ROWS = 32, 64
@@ -37,12 +39,31 @@ class PackedLinear(Replacement):
         """[..., K] -> [..., N] in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         if rows.shape[0] <= self.kernel_rows and x.device.type == "cpu":
-            y = self.kernel(rows.bfloat16().contiguous()).to(x.dtype)
+            product = self.product()
+            if product is None:
+                y = self.kernel(rows.bfloat16().contiguous()).to(x.dtype)
+            else:
+                y = product(rows.float().contiguous()).to(x.dtype)
         else:
             y = torch.cat([F.linear(rows, self.unpacked(a, x.dtype)) for a in range(0, self.out_features, self.STEP)], -1)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def packed_weights(self) -> Packed | None:
+        """The weights as the kernels of our own read them; None where they read no such format."""
+        return None
+
+    def product(self) -> Product | None:
+        """Our own product [m, K] -> [m, N] in float32, without bias; None where there is none."""
+        weights = self.packed_weights()
+        if weights is None:
+            return None
+        kept: tuple[int, Product | None] | None = self.__dict__.get("_product")
+        if kept is None or kept[0] != weights.codes.data_ptr():  # a copy, or moved
+            kept = (weights.codes.data_ptr(), product_of(weights, rounds=False))
+            self.__dict__["_product"] = kept
+        return kept[1]
 
     def matrix(self) -> Tensor:
         """The stored weights as float32 [N, K]."""
@@ -82,6 +103,10 @@ class Int8Linear(PackedLinear):
         self.kernel_rows = _INT8_KERNEL_ROWS if self.in_features % _KERNEL_WIDTH == 0 else 0
 
     bits = 8.0
+
+    def packed_weights(self) -> Packed:
+        """The codes by row."""
+        return Packed(8, self.codes, self.scales, self.in_features, self.out_features, GROUP, self.out_features)
 
     def ledger(self) -> dict[str, int]:
         """A byte a code, two a row's scale."""
@@ -133,6 +158,12 @@ class Int4Linear(PackedLinear):
         self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
 
     bits = 4.0
+
+    def packed_weights(self) -> Packed | None:
+        """The codes by blocks of 64 rows."""
+        if 2 * self.packed.shape[2] != packing.BLOCK:
+            return None
+        return Packed(4, self.packed, self.grid, self.in_features, self.out_features, self.group, self.grid.shape[1])
 
     def facts(self) -> dict[str, Any]:
         """How many of the packed rows are rows of the map."""

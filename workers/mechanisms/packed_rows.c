@@ -3,13 +3,12 @@
 #ifdef INTEGER_PRODUCTS
 /* x [m, K] -> y [m, N]. Not 0: no memory. */
 int product(const map *w, const float *x, long m, float *y, int threads) {
-    long groups = groups_of(w->k, w->group);
-    void *room = malloc(rounded_bytes(m, w->k, groups));
+    void *room = malloc(inputs_bytes(w, m));
     if (!room) return 1;
-    rounded given = rounded_in(room, m, groups);
+    inputs given = inputs_in(room, x, m, w);
 #pragma omp parallel num_threads(threads) if (w->n * w->k > SMALL)
     {
-        team_round(x, m, w, &given);
+        team_prepare(w, &given, m);
         team_multiply(w, &given, m, y);
     }
     free(room);

@@ -1,5 +1,5 @@
-/* Products of a few rows with weights packed in 4 or 8 bits, the rows rounded to 8 bits by group: integers are multiplied and
- * summed within a group, groups are summed in float32. Each weight is read once.
+/* Products of a few rows with weights packed in 4 or 8 bits; each weight is read once. The rows are floats, or rounded to 8 bits by
+ * group: then integers are multiplied and summed within a group, and groups are summed in float32.
  *
  * For processors with AVX-512 VNNI (products of bytes) and VBMI (permutations of bytes): INTEGER_PRODUCTS says whether this is one.
  * Each output row of each input row is summed in one fixed order, whatever the number of input rows and of threads.
@@ -22,6 +22,7 @@
 #define BLOCK 64       /* rows of one packed block of 4-bit codes */
 #define HALF 32        /* bytes that hold one input's codes of a block */
 #define TOGETHER 4     /* input rows that share one pass over the weights */
+#define AHEAD 2048     /* bytes of codes that are asked for before they are needed */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
 
 /* A linear map without bias, as workers.mechanisms.packed_rows.PackedMap lays it out. */
@@ -30,33 +31,37 @@ typedef struct {
     int64_t k, n;        /* inputs, outputs */
     int64_t group;       /* inputs that share a scale; a multiple of 16 */
     int64_t height;      /* N' of 4 bits */
+    int64_t rounds;      /* 1: inputs are rounded to 8 bits by group */
     const void *codes;   /* 4: uint8 [N'/64, K, 32], byte i of an input holds the codes of rows i (low half) and i + 32; 8: int8 [N, K] */
     const void *scales;  /* 4: bfloat16 [K/g, N', 2] (scale, zero); 8: bfloat16 [N] */
 } map;
 
+/* What goes into a map. */
 typedef struct {
-    int8_t *codes;   /* [m, K] */
-    float *scales;   /* [m, groups] */
-    int32_t *sums;   /* [m, groups] of the codes */
+    const float *rows; /* [m, K] */
     long groups;
-} rounded;
+    float *scales;     /* [m, groups] of rounded inputs; of floats, the sums of each group */
+    int32_t *sums;     /* [m, groups] of the codes */
+    int8_t *codes;     /* [m, K] of rounded inputs */
+} inputs;
 
-static long groups_of(long k, long g) { return (k + g - 1) / g; }
+static long groups_of(const map *w) { return (w->k + w->group - 1) / w->group; }
 
-/* Bytes of the codes, scales and sums of m rows, and more, so that reading a whole vector at the end is allowed. */
-static size_t rounded_bytes(long m, long k, long groups) {
-    return m * groups * (sizeof(float) + sizeof(int32_t)) + m * k + BLOCK;
+/* Bytes beside the rows, and more, so that reading a whole vector at the end is allowed. */
+static size_t inputs_bytes(const map *w, long m) {
+    return m * groups_of(w) * (sizeof(float) + sizeof(int32_t)) + m * w->k + BLOCK;
 }
 
-static rounded rounded_in(void *room, long m, long groups) {
+static inputs inputs_in(void *room, const float *rows, long m, const map *w) {
+    long groups = groups_of(w);
     float *scales = room;
     int32_t *sums = (int32_t *)(scales + m * groups);
-    return (rounded){(int8_t *)(sums + m * groups), scales, sums, groups};
+    return (inputs){rows, groups, scales, sums, (int8_t *)(sums + m * groups)};
 }
 
-/* Round row r of x [m, K] to 8 bits by group of g inputs, the last one as long as is left; K and g are multiples of 16. */
-static void round_row(const float *from, long r, long k, long g, const rounded *out) {
-    for (long n = 0; n < out->groups; n++) {
+/* Round a row of K inputs to 8 bits by group of g, the last one as long as is left; K and g are multiples of 16. */
+static void round_row(const float *from, long r, long k, long g, const inputs *to) {
+    for (long n = 0; n < to->groups; n++) {
         long start = n * g, stop = start + g < k ? start + g : k;
         __m512 most = _mm512_setzero_ps();
         int none = 0; /* some input is not a number: nor shall any output be */
@@ -71,21 +76,40 @@ static void round_row(const float *from, long r, long k, long g, const rounded *
         for (long i = start; i < stop; i += 16) {
             __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), times));
             sum = _mm512_add_epi32(sum, code);
-            _mm_storeu_si128((__m128i *)(out->codes + r * k + i), _mm512_cvtsepi32_epi8(code));
+            _mm_storeu_si128((__m128i *)(to->codes + r * k + i), _mm512_cvtsepi32_epi8(code));
         }
-        out->scales[r * out->groups + n] = largest / 127.0f;
-        out->sums[r * out->groups + n] = _mm512_reduce_add_epi32(sum);
+        to->scales[r * to->groups + n] = largest / 127.0f;
+        to->sums[r * to->groups + n] = _mm512_reduce_add_epi32(sum);
     }
 }
 
-static void team_round(const float *x, long m, const map *w, const rounded *out) {
-#pragma omp for schedule(static)
-    for (long r = 0; r < m; r++) round_row(x + r * w->k, r, w->k, w->group, out);
+/* Make row r ready for the map. */
+static void prepare_row(const map *w, const inputs *to, long r) {
+    const float *from = to->rows + r * w->k;
+    if (w->rounds) {
+        round_row(from, r, w->k, w->group, to);
+        return;
+    }
+    for (long n = 0; n < to->groups; n++) {
+        long start = n * w->group, stop = start + w->group < w->k ? start + w->group : w->k;
+        __m512 sum = _mm512_setzero_ps();
+        for (long i = start; i < stop; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + i));
+        to->scales[r * to->groups + n] = _mm512_reduce_add_ps(sum);
+    }
 }
 
-/* One block of BLOCK output rows for ROWS input rows; out: [ROWS][4] vectors of 16 rows. */
+static void team_prepare(const map *w, const inputs *to, long m) {
+#pragma omp for schedule(static)
+    for (long r = 0; r < m; r++) prepare_row(w, to, r);
+}
+
+/* One block of BLOCK output rows for ROWS input rows; out: [ROWS][4] vectors of 16 rows.
+ *
+ * A byte is 16 times the code of its upper row plus that of its lower row. Both are multiplied at once, then the lower one alone;
+ * the upper one is a sixteenth of the difference. Sums begin with what makes codes signed: -8 times the sum of the inputs.
+ */
 #define INT4_BLOCK(NAME, ROWS)                                                                                                \
-    static void NAME(const rounded *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height, \
+    static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height,\
                      __m512 out[][4]) {                                                                                       \
         uint8_t order[64];                                                                                                    \
         for (int i = 0; i < 64; i++) order[i] = (i % 16 / 8) * 16 + i / 16 * 4 + i % 8 / 2 + i % 2 * HALF;                    \
@@ -95,31 +119,43 @@ static void team_round(const float *x, long m, const map *w, const rounded *out)
         for (int r = 0; r < ROWS; r++)                                                                                        \
             for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                    \
         for (long g = 0; g < x->groups; g++) {                                                                                \
-            __m512i sum[ROWS][4];                                                                                             \
-            for (int r = 0; r < ROWS; r++)                                                                                    \
-                for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_si512();                                               \
+            __m512i both[ROWS][2], lower[ROWS][2];                                                                            \
+            for (int r = 0; r < ROWS; r++) {                                                                                  \
+                int32_t inputs = x->sums[(row + r) * x->groups + g];                                                          \
+                for (int j = 0; j < 2; j++) {                                                                                 \
+                    both[r][j] = _mm512_set1_epi32(-(16 + 1) * 8 * inputs);                                                   \
+                    lower[r][j] = _mm512_set1_epi32(-8 * inputs);                                                             \
+                }                                                                                                             \
+            }                                                                                                                 \
             for (long i = g * group; i < (g + 1) * group; i += 4) {                                                           \
-                __m512i a = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(packed + i * HALF));                            \
-                __m512i b = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(packed + (i + 2) * HALF));                      \
-                __m512i first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b); /* 4 inputs side by side */ \
-                __m512i code[4] = {_mm512_and_si512(first, nibble), _mm512_and_si512(second, nibble),                         \
-                                   _mm512_and_si512(_mm512_srli_epi16(first, 4), nibble),                                     \
-                                   _mm512_and_si512(_mm512_srli_epi16(second, 4), nibble)};                                   \
-                for (int r = 0; r < ROWS; r++) {                                                                              \
-                    int32_t four;                                                                                             \
-                    memcpy(&four, x->codes + (row + r) * k + i, 4);                                                           \
-                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], code[j], _mm512_set1_epi32(four)); \
+                const uint8_t *at = packed + i * HALF;                                                                        \
+                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                        \
+                _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);                                                                   \
+                __m512i a = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at));                                           \
+                __m512i b = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at + 2 * HALF));                                \
+                __m512i code[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)}; /* 4 inputs side by side */     \
+                for (int j = 0; j < 2; j++) {                                                                                 \
+                    __m512i low = _mm512_and_si512(code[j], nibble);                                                          \
+                    for (int r = 0; r < ROWS; r++) {                                                                          \
+                        int32_t four;                                                                                         \
+                        memcpy(&four, x->codes + (row + r) * k + i, 4);                                                       \
+                        both[r][j] = _mm512_dpbusd_epi32(both[r][j], code[j], _mm512_set1_epi32(four));                       \
+                        lower[r][j] = _mm512_dpbusd_epi32(lower[r][j], low, _mm512_set1_epi32(four));                         \
+                    }                                                                                                         \
                 }                                                                                                             \
             }                                                                                                                 \
             for (int j = 0; j < 4; j++) {                                                                                     \
+                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                  \
                 __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                \
                 __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                              \
                 __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                             \
                 for (int r = 0; r < ROWS; r++) {                                                                              \
                     long at = (row + r) * x->groups + g;                                                                      \
-                    __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][j], _mm512_set1_epi32(8 * x->sums[at])));         \
-                    __m512 part = _mm512_fmadd_ps(scale, dot, _mm512_mul_ps(zero, _mm512_set1_ps((float)x->sums[at])));       \
-                    total[r][j] = _mm512_fmadd_ps(part, _mm512_set1_ps(x->scales[at]), total[r][j]);                          \
+                    __m512i sum = lower[r][j % 2];                                                                            \
+                    if (j > 1) sum = _mm512_srai_epi32(_mm512_sub_epi32(both[r][j % 2], sum), 4);                             \
+                    __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->scales[at]));                      \
+                    total[r][j] = _mm512_fmadd_ps(scale, part, total[r][j]);                                                  \
+                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps((float)x->sums[at] * x->scales[at]), total[r][j]);     \
                 }                                                                                                             \
             }                                                                                                                 \
         }                                                                                                                     \
@@ -132,29 +168,78 @@ INT4_BLOCK(int4_block_2, 2)
 INT4_BLOCK(int4_block_3, 3)
 INT4_BLOCK(int4_block_4, 4)
 
-typedef void (*int4_block)(const rounded *, long, long, const uint8_t *, const uint32_t *, long, long, __m512[][4]);
+/* The same with floats: the codes become floats by a table. */
+#define FLOAT4_BLOCK(NAME, ROWS)                                                                                              \
+    static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height, \
+                     __m512 out[][4]) {                                                                                       \
+        const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);                          \
+        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);                                                             \
+        __m512 total[ROWS][4];                                                                                                \
+        for (int r = 0; r < ROWS; r++)                                                                                        \
+            for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                    \
+        for (long g = 0; g < x->groups; g++) {                                                                                \
+            __m512 sum[ROWS][4];                                                                                              \
+            for (int r = 0; r < ROWS; r++)                                                                                    \
+                for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();                                                  \
+            for (long i = g * group; i < (g + 1) * group; i++) {                                                              \
+                const uint8_t *at = packed + i * HALF;                                                                        \
+                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                        \
+                __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));                                       \
+                __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at + 16)));                                \
+                __m512 code[4] = {_mm512_permutexvar_ps(a, table), _mm512_permutexvar_ps(b, table), /* by the low 4 bits */   \
+                                  _mm512_permutexvar_ps(_mm512_srli_epi32(a, 4), table),                                      \
+                                  _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table)};                                     \
+                for (int r = 0; r < ROWS; r++) {                                                                              \
+                    __m512 one = _mm512_set1_ps(x->rows[(row + r) * k + i]);                                                  \
+                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_fmadd_ps(code[j], one, sum[r][j]);                         \
+                }                                                                                                             \
+            }                                                                                                                 \
+            for (int j = 0; j < 4; j++) {                                                                                     \
+                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                  \
+                __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                \
+                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                              \
+                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                             \
+                for (int r = 0; r < ROWS; r++) {                                                                              \
+                    total[r][j] = _mm512_fmadd_ps(scale, sum[r][j], total[r][j]);                                             \
+                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][j]);   \
+                }                                                                                                             \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        for (int r = 0; r < ROWS; r++)                                                                                        \
+            for (int j = 0; j < 4; j++) out[r][j] = total[r][j];                                                              \
+    }
 
-/* TOGETHER output rows for up to TOGETHER input rows; sums of bytes are of unsigned times signed ones, so 128 is added to the
- * inputs and taken off again. */
+FLOAT4_BLOCK(float4_block_1, 1)
+FLOAT4_BLOCK(float4_block_2, 2)
+FLOAT4_BLOCK(float4_block_3, 3)
+FLOAT4_BLOCK(float4_block_4, 4)
+
+typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uint32_t *, long, long, __m512[][4]);
+
+/* TOGETHER output rows for up to TOGETHER input rows. Sums of bytes are of unsigned times signed ones: 128 is added to the weights,
+ * and the sums begin with what takes it off again.
+ */
 #define INT8_ROWS(NAME, ROWS)                                                                                                 \
-    static void NAME(const rounded *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) {           \
-        const __m512i middle = _mm512_set1_epi8((char)0x80), ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();       \
+    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) {\
+        const __m512i middle = _mm512_set1_epi8((char)0x80);                                                                  \
         __m512 total[ROWS][TOGETHER];                                                                                         \
         for (int r = 0; r < ROWS; r++)                                                                                        \
             for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                             \
         for (long g = 0; g < x->groups; g++) {                                                                                \
-            long start = g * group, left = k - start;                                                                    \
-            __mmask64 some = left < group ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;                                  \
-            __m512i in[ROWS];                                                                                                 \
-            for (int r = 0; r < ROWS; r++)                                                                                    \
-                in[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, x->codes + (row + r) * k + start), middle);            \
+            long start = g * group, left = k - start;                                                                         \
+            __mmask64 some = left < group ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;                                       \
+            __m512i in[ROWS], first[ROWS];                                                                                    \
+            for (int r = 0; r < ROWS; r++) {                                                                                  \
+                in[r] = _mm512_maskz_loadu_epi8(some, x->codes + (row + r) * k + start);                                      \
+                first[r] = _mm512_maskz_set1_epi32(1, -128 * x->sums[(row + r) * x->groups + g]);                             \
+            }                                                                                                                 \
             for (int o = 0; o < TOGETHER; o++) {                                                                              \
-                __m512i w = _mm512_maskz_loadu_epi8(some, codes + (o < outputs ? o : 0) * k + start);                         \
-                __m512i added = _mm512_slli_epi32(_mm512_dpbusd_epi32(none, ones, w), 7);                                     \
+                const int8_t *at = codes + (o < outputs ? o : 0) * k + start;                                                 \
+                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                             \
+                __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, at), middle);                                      \
                 for (int r = 0; r < ROWS; r++) {                                                                              \
-                    __m512i dot = _mm512_sub_epi32(_mm512_dpbusd_epi32(none, in[r], w), added);                               \
-                    __m512 scale = _mm512_set1_ps(x->scales[(row + r) * x->groups + g]);                                      \
-                    total[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, total[r][o]);                               \
+                    __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(first[r], w, in[r]));                                 \
+                    total[r][o] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][o]);    \
                 }                                                                                                             \
             }                                                                                                                 \
         }                                                                                                                     \
@@ -167,7 +252,33 @@ INT8_ROWS(int8_rows_2, 2)
 INT8_ROWS(int8_rows_3, 3)
 INT8_ROWS(int8_rows_4, 4)
 
-typedef void (*int8_some)(const rounded *, long, long, const int8_t *, long, int, float[][TOGETHER]);
+/* The same with floats. */
+#define FLOAT8_ROWS(NAME, ROWS)                                                                                               \
+    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) {\
+        __m512 total[ROWS][TOGETHER];                                                                                         \
+        (void)group;                                                                                                          \
+        for (int r = 0; r < ROWS; r++)                                                                                        \
+            for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                             \
+        for (long i = 0; i < k; i += 16) {                                                                                    \
+            __m512 in[ROWS];                                                                                                  \
+            for (int r = 0; r < ROWS; r++) in[r] = _mm512_loadu_ps(x->rows + (row + r) * k + i);                              \
+            for (int o = 0; o < TOGETHER; o++) {                                                                              \
+                const int8_t *at = codes + (o < outputs ? o : 0) * k + i;                                                     \
+                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                             \
+                __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));                    \
+                for (int r = 0; r < ROWS; r++) total[r][o] = _mm512_fmadd_ps(w, in[r], total[r][o]);                          \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        for (int r = 0; r < ROWS; r++)                                                                                        \
+            for (int o = 0; o < TOGETHER; o++) out[r][o] = _mm512_reduce_add_ps(total[r][o]);                                 \
+    }
+
+FLOAT8_ROWS(float8_rows_1, 1)
+FLOAT8_ROWS(float8_rows_2, 2)
+FLOAT8_ROWS(float8_rows_3, 3)
+FLOAT8_ROWS(float8_rows_4, 4)
+
+typedef void (*eight_bits)(const inputs *, long, long, const int8_t *, long, int, float[][TOGETHER]);
 
 static float widened(uint16_t bfloat) {
     uint32_t bits = (uint32_t)bfloat << 16;
@@ -176,8 +287,10 @@ static float widened(uint16_t bfloat) {
     return value;
 }
 
-static void team_multiply_4(const map *w, const rounded *x, long m, float *y) {
-    const int4_block run[TOGETHER] = {int4_block_1, int4_block_2, int4_block_3, int4_block_4};
+static void team_multiply_4(const map *w, const inputs *x, long m, float *y) {
+    const four_bits kernels[2][TOGETHER] = {{float4_block_1, float4_block_2, float4_block_3, float4_block_4},
+                                            {int4_block_1, int4_block_2, int4_block_3, int4_block_4}};
+    const four_bits *run = kernels[w->rounds];
     const uint8_t *packed = w->codes;
     const uint32_t *grid = w->scales; /* a pair each */
 #pragma omp for schedule(static)
@@ -192,8 +305,10 @@ static void team_multiply_4(const map *w, const rounded *x, long m, float *y) {
         }
 }
 
-static void team_multiply_8(const map *w, const rounded *x, long m, float *y) {
-    const int8_some run[TOGETHER] = {int8_rows_1, int8_rows_2, int8_rows_3, int8_rows_4};
+static void team_multiply_8(const map *w, const inputs *x, long m, float *y) {
+    const eight_bits kernels[2][TOGETHER] = {{float8_rows_1, float8_rows_2, float8_rows_3, float8_rows_4},
+                                             {int8_rows_1, int8_rows_2, int8_rows_3, int8_rows_4}};
+    const eight_bits *run = kernels[w->rounds];
     const int8_t *codes = w->codes;
     const uint16_t *scales = w->scales;
 #pragma omp for schedule(static)
@@ -210,7 +325,7 @@ static void team_multiply_8(const map *w, const rounded *x, long m, float *y) {
 }
 
 /* x -> y [m, N] */
-static void team_multiply(const map *w, const rounded *x, long m, float *y) {
+static void team_multiply(const map *w, const inputs *x, long m, float *y) {
     (w->bits == 4 ? team_multiply_4 : team_multiply_8)(w, x, m, y);
 }
 #endif

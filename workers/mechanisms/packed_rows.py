@@ -1,7 +1,8 @@
-"""Products of a few rows with weights packed in 4 or 8 bits, the rows rounded to 8 bits by group: integers are multiplied.
+"""Products of a few rows with weights packed in 4 or 8 bits, in kernels of our own.
 
-PyTorch's products with such weights widen every weight to a float first, and spend their time on that. Numbers are those of
-:func:`workers.mechanisms.rounded_input.by_group` and a float32 product, up to the order of its sums. Each row of the output
+The rows are floats, or rounded to 8 bits by group: then integers are multiplied. PyTorch's products with such weights widen every
+weight, to bfloat16, and round the rows to it. Numbers here are those of a float32 product with the stored weights (and of
+:func:`workers.mechanisms.rounded_input.by_group` where rows are rounded), up to the order of its sums. Each row of the output
 depends on its own row of the input only, bit by bit, whatever runs beside it.
 
 Shapes: m input rows, N output rows, K inputs.
@@ -11,21 +12,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import Structure, byref, c_int, c_int64, c_long, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.mechanisms.native import kernels
-from workers.mechanisms.packed_linear import Int4Linear, Int8Linear
-from workers.mechanisms.packing import BLOCK
 
-GROUP = 64  # inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
+GROUP = 64  # rounded inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
 ROWS = 64  # more input rows are faster as a product of floats
 INT4, INT8 = "native::int4_linear", "native::int8_linear"  # the names that a profiler sees
 _WIDTH = 16  # groups and K are multiples of it
 Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in one of the two formats that the kernels read.
+
+    Attributes:
+        codes: 4 bits: uint8 [N'/64, K, 32], N' padded rows; 8 bits: int8 [N, K].
+        scales: 4 bits: bfloat16 [K/g, N', 2] (scale, zero); 8 bits: bfloat16 [N].
+        group: inputs that share a scale in the weights, or would in the inputs.
+        height: N'.
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    k: int
+    n: int
+    group: int
+    height: int
 
 
 class PackedMap(Structure):
@@ -36,53 +56,39 @@ class PackedMap(Structure):
     """
 
     tensors: tuple[Tensor, Tensor]
-
     _fields_ = (
         ("bits", c_int64),
         ("k", c_int64),
         ("n", c_int64),
         ("group", c_int64),
         ("height", c_int64),
+        ("rounds", c_int64),
         ("codes", c_void_p),
         ("scales", c_void_p),
     )
 
 
-def packed_map(module: nn.Module, group: int) -> PackedMap | None:
-    """The packed weights of a module on a CPU, its bias left out.
+def packed_map(weights: Packed | None, rounds: bool) -> PackedMap | None:
+    """The weights for the kernels.
 
     Args:
-        group: inputs that share a scale.
+        rounds: round what goes in to 8 bits by group.
 
     Returns:
-        None where they cannot be multiplied so: another module or group, no compiler, another processor.
+        None where they cannot be multiplied so: another shape or device, no compiler, another processor.
     """
-    if module.in_features % _WIDTH or group % _WIDTH or kernels().library is None:
+    if weights is None or weights.k % _WIDTH or weights.group % _WIDTH or not weights.codes.is_cpu or kernels().library is None:
         return None
-    if isinstance(module, Int4Linear) and module.group == group and 2 * module.packed.shape[2] == BLOCK:
-        bits, height, codes, scales = 4, module.grid.shape[1], module.packed, module.grid
-    elif isinstance(module, Int8Linear) and group == GROUP:
-        bits, height, codes, scales = 8, module.out_features, module.codes, module.scales
-    else:
-        return None
-    if not codes.is_cpu:
-        return None
-    made = PackedMap(bits, module.in_features, module.out_features, group, height, codes.data_ptr(), scales.data_ptr())
-    made.tensors = (codes, scales)
+    sizes = (weights.bits, weights.k, weights.n, weights.group, weights.height, rounds)
+    made = PackedMap(*sizes, weights.codes.data_ptr(), weights.scales.data_ptr())
+    made.tensors = (weights.codes, weights.scales)
     return made
 
 
-def product_of(module: nn.Module, group: int) -> Product | None:
-    """The map [..., K] -> [..., N] by the packed weights of a module on a CPU, contiguous float32 both, without bias.
-
-    Args:
-        group: inputs that share a scale.
-
-    Returns:
-        None where there is no such product (:func:`packed_map`).
-    """
-    weights = packed_map(module, group)
-    return None if weights is None else _bound(INT4 if weights.bits == 4 else INT8, weights)
+def product_of(weights: Packed | None, rounds: bool) -> Product | None:
+    """The map [..., K] -> [..., N], contiguous float32 both, without bias; None where there is none (:func:`packed_map`)."""
+    found = packed_map(weights, rounds)
+    return None if found is None else _bound(INT4 if found.bits == 4 else INT8, found)
 
 
 def _bound(name: str, weights: PackedMap) -> Product:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.mechanisms.linear import Replacement
-from workers.mechanisms.packed_linear import Int4Linear
+from workers.mechanisms.packed_linear import Int4Linear, PackedLinear
 from workers.mechanisms.packed_rows import GROUP, ROWS, product_of
 from workers.mechanisms.scaled_input import TransformedInput
 
@@ -48,7 +48,7 @@ class RoundedInput(TransformedInput):
     def __init__(self, inner: Replacement):
         super().__init__(inner)
         self.group = inner.group if isinstance(inner, Int4Linear) else GROUP
-        self.product = product_of(inner, self.group)
+        self.product = product_of(inner.packed_weights() if isinstance(inner, PackedLinear) else None, rounds=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
