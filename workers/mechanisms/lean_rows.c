@@ -137,35 +137,66 @@ typedef struct {
     int64_t length;       /* S, without the new entry */
 } memory;
 
-/* Attention of a query [D] to keys and values [S, D] -> out [D]; D is a multiple of 16, at most 16 MOST; scores: room for S + 16. */
-#define MOST 16
-static void attend_row(const float *query, const float *keys, const float *values, long s, long d, float scale, float *scores,
-                       float *out) {
-    const long parts = d / 16;
-    __m512 q[MOST], total[MOST], highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (long c = 0; c < parts; c++) {
-        q[c] = _mm512_mul_ps(_mm512_loadu_ps(query + 16 * c), _mm512_set1_ps(scale));
-        total[c] = _mm512_setzero_ps();
+/* Four sums of 16 numbers each, side by side. */
+static __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* in each quarter a part of all four */
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Attention of a query [D] to keys and values [S, D] -> out [D], D = 16 PARTS; scores: room for S + 16. */
+#define ATTEND(NAME, PARTS)                                                                                                   \
+    static void NAME(const float *query, const float *keys, const float *values, long s, float scale, float *scores, float *out) { \
+        const long d = 16 * PARTS;                                                                                            \
+        __m512 q[PARTS], even[PARTS], odd[PARTS], highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();             \
+        for (int c = 0; c < PARTS; c++) {                                                                                     \
+            q[c] = _mm512_mul_ps(_mm512_loadu_ps(query + 16 * c), _mm512_set1_ps(scale));                                     \
+            even[c] = odd[c] = _mm512_setzero_ps();                                                                           \
+        }                                                                                                                     \
+        for (long j = 0; j < s; j += 4) {                                                                                     \
+            __m512 dot[4];                                                                                                    \
+            for (int i = 0; i < 4; i++) {                                                                                     \
+                const float *key = keys + (j + i < s ? j + i : j) * d;                                                        \
+                dot[i] = _mm512_mul_ps(q[0], _mm512_loadu_ps(key));                                                           \
+                for (int c = 1; c < PARTS; c++) dot[i] = _mm512_fmadd_ps(q[c], _mm512_loadu_ps(key + 16 * c), dot[i]);        \
+            }                                                                                                                 \
+            _mm_storeu_ps(scores + j, four_sums(dot[0], dot[1], dot[2], dot[3]));                                             \
+        }                                                                                                                     \
+        for (long j = s; j < s + 16; j++) scores[j] = -INFINITY;                                                              \
+        for (long j = 0; j < s; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));                       \
+        highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));                                                              \
+        for (long j = 0; j < s; j += 16) {                                                                                    \
+            __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), highest));                                 \
+            sum = _mm512_add_ps(sum, weight);                                                                                 \
+            _mm512_storeu_ps(scores + j, weight);                                                                             \
+        }                                                                                                                     \
+        for (long j = 0; j < s; j += 2) {                                                                                     \
+            const float *value = values + j * d, *next = j + 1 < s ? value + d : value; /* its weight is 0 behind the end */  \
+            __m512 one = _mm512_set1_ps(scores[j]), two = _mm512_set1_ps(scores[j + 1]);                                      \
+            for (int c = 0; c < PARTS; c++) {                                                                                 \
+                even[c] = _mm512_fmadd_ps(one, _mm512_loadu_ps(value + 16 * c), even[c]);                                     \
+                odd[c] = _mm512_fmadd_ps(two, _mm512_loadu_ps(next + 16 * c), odd[c]);                                        \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));                                                      \
+        for (int c = 0; c < PARTS; c++) _mm512_storeu_ps(out + 16 * c, _mm512_mul_ps(_mm512_add_ps(even[c], odd[c]), share)); \
     }
-    for (long j = 0; j < s; j++) {
-        __m512 dot = _mm512_mul_ps(q[0], _mm512_loadu_ps(keys + j * d));
-        for (long c = 1; c < parts; c++) dot = _mm512_fmadd_ps(q[c], _mm512_loadu_ps(keys + j * d + 16 * c), dot);
-        scores[j] = _mm512_reduce_add_ps(dot);
-    }
-    for (long j = s; j < s + 16; j++) scores[j] = -INFINITY;
-    for (long j = 0; j < s; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));
-    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
-    for (long j = 0; j < s; j += 16) {
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), highest));
-        sum = _mm512_add_ps(sum, weight);
-        _mm512_storeu_ps(scores + j, weight);
-    }
-    for (long j = 0; j < s; j++) {
-        __m512 weight = _mm512_set1_ps(scores[j]);
-        for (long c = 0; c < parts; c++) total[c] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(values + j * d + 16 * c), total[c]);
-    }
-    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
-    for (long c = 0; c < parts; c++) _mm512_storeu_ps(out + 16 * c, _mm512_mul_ps(total[c], share));
+
+ATTEND(attend_16, 1)
+ATTEND(attend_32, 2)
+ATTEND(attend_64, 4)
+ATTEND(attend_96, 6)
+ATTEND(attend_128, 8)
+
+typedef void (*attention)(const float *, const float *, const float *, long, float, float *, float *);
+
+/* NULL: of no width that is known here. */
+static attention attention_of(long d) {
+    return d == 16 ? attend_16 : d == 32 ? attend_32 : d == 64 ? attend_64 : d == 96 ? attend_96 : d == 128 ? attend_128 : NULL;
 }
 
 /* Keys and values of heads [m, Hq + 2 H, D] become the newest entries; then every query attends: mixed [m, Hq D].
@@ -175,6 +206,7 @@ static void attend_row(const float *query, const float *keys, const float *value
 static void team_attend(const layer *l, const memory *some, const float *heads, long m, float scale, float *scores, long stride,
                         float *mixed) {
     const long d = l->width, kept = l->qkv.n / d - l->turned, queries = l->turned - kept;
+    const attention attend = attention_of(d);
 #pragma omp for schedule(static)
     for (long i = 0; i < m * kept; i++) {
         const memory *at = some + i % kept;
@@ -187,12 +219,14 @@ static void team_attend(const layer *l, const memory *some, const float *heads, 
     for (long i = 0; i < m * queries; i++) {
         long r = i / queries, head = i % queries;
         const memory *at = some + head / (queries / kept);
-        attend_row(heads + r * l->qkv.n + head * d, at->keys + r * at->row, at->values + r * at->row, at->length + 1, d, scale,
-                   scores + omp_get_thread_num() * stride, mixed + (r * queries + head) * d);
+        attend(heads + r * l->qkv.n + head * d, at->keys + r * at->row, at->values + r * at->row, at->length + 1, scale,
+               scores + omp_get_thread_num() * stride, mixed + (r * queries + head) * d);
     }
 }
 
-/* All of some layers of one shape for m rows of one new token each: hidden [m, C] -> out [m, C]. The new entries are written behind
+int knows_width(long d) { return attention_of(d) != NULL; }
+
+/* All of some layers of one shape, of a known width, for m rows of one new token each: hidden [m, C] -> out [m, C]. The new entries are written behind
  * those of the memories [count, H]; scales: of the logits, [count]; heads: as in `between`, to work in. Not 0: no memory. */
 int through(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
             const float *cosines, const float *sines, long m, float *out, float *heads, int threads) {

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from workers.mechanisms.lean import LeanLayer, Norm, Rotary
 
 NAME = "native::linear_rows"  # what a profiler sees
-WIDEST = 256  # the kernel's attention holds a head in registers
 
 
 class Shape(Structure):
@@ -171,7 +170,7 @@ class LeanRows:
         self.pointers = (POINTER(Shape) * len(self.shapes))(*map(pointer, self.shapes))
         self.scales = (c_double * len(self.layers))(*(layer.scaling for layer in self.layers))
         self.memories: Memories | None = None
-        fits = first.width % 16 == 0 and first.width <= WIDEST and first.query_heads % first.kv_heads == 0
+        fits = knows_width(first.width) and first.query_heads % first.kv_heads == 0
         self.alike = fits and all(_outline(layer) == _outline(first) and layer.window is None for layer in self.layers)
 
     def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
@@ -263,6 +262,12 @@ def call_through(*arguments: Any) -> None:
     """
     if _through()(*arguments, torch.get_num_threads()):
         raise MemoryError
+
+
+def knows_width(width: int) -> bool:
+    """True if the kernel has an attention for heads of this width."""
+    library: Any = kernels().library
+    return bool(library.knows_width(c_long(width)))
 
 
 @cache
