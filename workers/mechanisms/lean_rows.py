@@ -15,6 +15,7 @@ from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_long, 
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -112,6 +113,7 @@ class Memories:
     def __init__(self, groups: Sequence[HeadGroup], rooms: Sequence[tuple[Tensor, Tensor]]):
         self.groups, self.rooms = groups, rooms
         self.heads = (Memory * sum(g.stop - g.start for g in groups))()
+        self.lengths = np.frombuffer(self.heads, dtype=np.int64).reshape(len(self.heads), -1)[:, 3]  # one write for all
         at = 0
         for keys, values in rooms:
             gap = keys.stride(1) * keys.element_size()
@@ -138,9 +140,7 @@ class Memories:
                 return None
             before = cls(groups, plain)
         before.groups = groups
-        lengths = [g.store.length for g in groups for _ in range(g.start, g.stop)]
-        for head, length in zip(before.heads, lengths, strict=True):
-            head.length = length
+        before.lengths[:] = [g.store.length for g in groups for _ in range(g.start, g.stop)]
         return before
 
     def is_at(self, rooms: Sequence[tuple[Tensor, Tensor] | None]) -> bool:

@@ -22,8 +22,10 @@ class LeanDecode(Policy):
     Folklore of inference engines (gpt-fast, vLLM): queries, keys and values come from one product, gate and
     up from another, rotary angles from a table, and new keys and values are written into room reserved
     before the first step. On a CPU plain weights are multiplied by oneDNN, which reads them faster than the
-    BLAS behind the library's linear layers on some processors. The mathematics stays the library's; sums may
-    be ordered differently.
+    BLAS behind the library's linear layers on some processors; layers whose weights are packed in 4 or 8 bits
+    run in one native call from attention to attention where it can be compiled (AVX-512 VNNI), and a whole step
+    in one where the cache is plain and nobody looks at the attention. The mathematics stays the library's; sums
+    may be ordered differently.
     """
 
     card: ClassVar[Card] = card(
