@@ -29,6 +29,7 @@ from studio_state.zoo import find as find_in_zoo
 
 MAIN = "workers.standalone"
 ROOMS = ("workers", "studio_state")
+NATIVE = "workers.mechanisms.native"  # compiles the files of C beside it, which a script carries
 LEFT_OUT = ("workers.workloads.registry", "workers.recipe")  # listed for the catalogue; a script has none
 
 HEADER = '''\
@@ -178,11 +179,19 @@ def bundle(roots: Iterable[str]) -> list[Module]:
         if path is None:
             raise SpecError(f"the source of {name} cannot be found; reinstall the studio with its sources")
         is_package = path.name == "__init__.py"
-        found[name] = Module(name, path.read_text(encoding="utf-8"), is_package)
+        found[name] = Module(
+            name, path.read_text(encoding="utf-8") + (carried(path.parent) if name == NATIVE else ""), is_package
+        )
         waiting += [n for n in imported(found[name]) if source_path(n) is not None]
         if parent := name.rpartition(".")[0]:
             waiting.append(parent)
     return [found[name] for name in sorted(found)]
+
+
+def carried(folder: Path) -> str:
+    """The files of C in a folder, as the statement by which a script hands them over."""
+    files = {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.[ch]"))}
+    return f"\nCARRIED.update({files!r})\n"
 
 
 def source_path(name: str) -> Path | None:

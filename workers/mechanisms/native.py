@@ -21,8 +21,8 @@ from pathlib import Path
 from studio_state.paths import default_cache_root
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_rows.c", "lean_rows.c"))
-HEADERS = (Path(__file__).with_name("packed_rows.h"),)
+SOURCES, HEADERS = ("packed_rows.c", "lean_rows.c"), ("packed_rows.h",)
+CARRIED: dict[str, str] = {}  # texts of these files in an exported script; else they lie beside this module
 SECONDS = 120  # a compiler that takes longer hangs
 
 
@@ -60,14 +60,18 @@ def kernels() -> Built:
 def _compiled(compiler: list[str]) -> Path:
     """The shared library of :data:`SOURCES`; what a compiler defines by itself names its version and the processor's instructions."""
     defines = _run([*compiler, *FLAGS[:3], "-dM", "-E", "-x", "c", os.devnull])
-    texts = [file.read_bytes() for file in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256(b"\0".join((*texts, " ".join([*compiler, *FLAGS]).encode(), defines.encode()))).hexdigest()
+    texts = {
+        name: CARRIED.get(name) or Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)
+    }
+    key = hashlib.sha256("\0".join((*texts.values(), " ".join([*compiler, *FLAGS]), defines)).encode()).hexdigest()
     target = default_cache_root() / "native" / f"kernels-{key[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:  # several workers may do this at once
+            for name, text in texts.items():
+                (Path(draft) / name).write_text(text, encoding="utf-8")
             made = Path(draft) / target.name
-            _run([*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)])
+            _run([*compiler, *FLAGS, *(str(Path(draft) / name) for name in SOURCES), "-o", str(made)])
             made.replace(target)
     return target
 
