@@ -22,6 +22,7 @@ from studio_state.problems import pipeline_problems
 from tests import tiny, tiny_vision
 from tests.methods.drawing import OWN, draw, pipeline_folder, same_pictures
 from tests.methods.driving import attached, folder_for, forced, generate, image_item, make_session, prompt, run_items, tokens
+from tests.methods.sampling import sampled
 from workers.export_model import Request, export
 from workers.host import ModelHost
 from workers.mechanisms.linear import Lookup, Replacement
@@ -63,7 +64,7 @@ def read(session: Session) -> tuple[list[list[int]], torch.Tensor]:
     return tokens(generate(session, [prompt(24)], new=12)), forced(session, prompt(40), prompt(8, seed=5))
 
 
-@pytest.mark.parametrize("name", LLM_POLICIES)
+@pytest.mark.parametrize("name", sampled(LLM_POLICIES, 3))
 def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path) -> None:
     cls = discover()[name]
     folder, knobs = folder_for(cls.card), {k: v for k, v in QUICK.items() if k in cls.model_fields}

@@ -48,7 +48,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 # -- SIGKILL of the worker
 
-IN_A_RUN, AT_THE_START = 14, 6
+KILLS = [pytest.param(4, 2, id="six"), pytest.param(14, 6, id="twenty", marks=pytest.mark.slow)]  # in a run, at the start
 
 
 class Desk:
@@ -100,12 +100,15 @@ def desks(data: DataDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             desk.dispatch.close()
 
 
-def test_twenty_kills_of_the_worker_at_random_points(desks: tuple[Store, list[Desk]], data: DataDir) -> None:
+@pytest.mark.parametrize(("in_a_run", "at_start"), KILLS)
+def test_kills_of_the_worker_at_random_points(
+    desks: tuple[Store, list[Desk]], data: DataDir, in_a_run: int, at_start: int
+) -> None:
     store, pair = desks
     dice, short, long = random.Random(20), llama_folder(), llama_folder("survivor", num_hidden_layers=3)
     finished: dict[str, list[Event]] = {}
     phases: set[str] = set()
-    at_the_start = set(dice.sample(range(IN_A_RUN), AT_THE_START))
+    at_the_start = set(dice.sample(range(in_a_run), at_start))
 
     def lost(desk: Desk, experiment: str) -> None:
         events = desk.ended(experiment)
@@ -116,7 +119,7 @@ def test_twenty_kills_of_the_worker_at_random_points(desks: tuple[Store, list[De
         assert list(read_spool(data.spool(experiment))) == events
         phases.add(events[-1].phase)
 
-    for number in range(IN_A_RUN):
+    for number in range(in_a_run):
         desk, other = pair[number % 2], pair[1 - number % 2]
         if number in at_the_start:  # this desk has no worker yet
             before = desk.started()
@@ -136,10 +139,10 @@ def test_twenty_kills_of_the_worker_at_random_points(desks: tuple[Store, list[De
         desk.kill()
         lost(desk, doomed)
 
-    assert len(phases) >= 4, phases
+    assert len(phases) >= min(4, at_start), phases
     store.flush()
     rows = {r.id: r.status for r in store.experiments(limit=1000)}
-    assert len(rows) == 2 * IN_A_RUN + AT_THE_START
+    assert len(rows) == 2 * in_a_run + at_start
     assert {e for e, status in rows.items() if status == "finished"} == set(finished)
     live = tables(store)
     for experiment, events in finished.items():
