@@ -78,6 +78,11 @@ class Bus:
                 return self._logs[experiment][max(seq, 0) :]
         return list(read_spool(self._data.spool(experiment), since=max(seq, 0)))
 
+    def is_over(self, experiment: str) -> bool:
+        """True once the last event can be read: there is none to wait for."""
+        with self._changed:
+            return experiment in self._ended or experiment not in self._logs
+
     def follow(self, experiment: str, seq: int = 0, timeout: float | None = None) -> Iterator[Event]:
         """Events from ``seq`` on as they come, until a terminal one, or until nothing came for ``timeout`` seconds.
 

@@ -60,7 +60,7 @@ class LocalDispatch:
             job.abandon()
             raise job.lost
         with self._guard:
-            self._jobs = {i: j for i, j in self._jobs.items() if not j.ended} | {experiment: job}
+            self._jobs = {i: j for i, j in self._jobs.items() if not self._bus.is_over(i)} | {experiment: job}
         try:
             runner.jobs.put(owner, job)
         except DeviceBusy as e:
@@ -105,9 +105,9 @@ class LocalDispatch:
         return self._bus.listen(wake)
 
     def place(self, experiment: str) -> int | None:
-        """0 = in hand, 1 = next, ...; None = neither queued nor running."""
+        """0 = in hand, 1 = next, ...; None = neither queued nor running, and its last event can be read."""
         job = self._jobs.get(experiment)
-        if job is None or job.ended:
+        if job is None or self._bus.is_over(experiment):
             return None
         order = self._runner(job.spec.device).jobs.order()
         return order.index(job) + 1 if job in order else 0

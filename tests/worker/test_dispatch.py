@@ -18,6 +18,7 @@ from app.dispatch.fair_queue import FairQueue
 from app.dispatch.local import LocalDispatch
 from app.dispatch.runner import Settings
 from app.dispatch.worker_log import WorkerLog
+from app.live import Races
 from studio_state.errors import DeviceBusy, ModelError, SpecError, StoreError, StudioError, WorkerLost
 from studio_state.events import Cancelled, Event, Failed, Finished, Metric, Note, Submitted
 from studio_state.experiment import ExperimentSpec
@@ -159,6 +160,25 @@ def test_two_owners_alternate_on_one_device(start) -> None:
     ended = {n: finish(dispatch, i)[-1].t for n, i in ids.items()}
     assert sorted(ended, key=ended.__getitem__) == ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert dispatch.place(gate) is None
+
+
+def test_an_end_that_is_written_but_not_yet_told_is_no_interruption(start, data: DataDir) -> None:
+    seen: list[tuple[bool, str]] = []
+
+    class Looks:
+        """Looks at the experiment between the spool, which is closed by its last event, and the bus."""
+
+        def append(self, events: list[Event]) -> None:
+            experiment = events[0].experiment
+            gone = lambda e: dispatch.place(e) is None and not is_alive(data.spool(e))  # noqa: E731
+            if race := Races(dispatch.since, dispatch.place, list, gone).get(experiment):
+                seen.append((is_alive(data.spool(experiment)), race.status))
+
+    dispatch = start(store=Looks())
+    experiment = dispatch.submit(spec("steps=1"))
+    finish(dispatch, experiment)
+    assert seen[-1] == (False, "running")
+    assert dispatch.place(experiment) is None
 
 
 def test_an_unknown_device_is_refused_before_anything_is_recorded(start, data: DataDir) -> None:
