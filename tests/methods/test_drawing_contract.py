@@ -19,7 +19,7 @@ from studio_state.problems import pipeline_problems
 from tests import tiny
 from tests.methods.drawing import OWN, condition, draw, drawing_session, same_pictures
 from tests.methods.driving import attached
-from tests.methods.sampling import chosen, sampled
+from tests.sampling import chosen, sampled
 from tests.tiny_diffusion import BUILDERS
 from workers.families.base import RunTrace
 from workers.mechanisms.weight_policy import weight_metrics
@@ -61,7 +61,7 @@ def baseline(model: str) -> RunTrace:
 CASES = [(name, model) for name in POLICIES for model in MODELS]
 
 
-@pytest.mark.parametrize(("name", "model"), sampled(CASES, 4, always=lambda case: case[1] in (OWN, "dit")))
+@pytest.mark.parametrize(("name", "model"), sampled(CASES, 4, always=lambda case: case[1] == OWN))
 def test_a_policy_moves_what_it_promises_or_is_refused(name: str, model: str) -> None:
     session, card = drawing_session(model, folder()), POLICIES[name].card
     refused = problems_of(model, name)

@@ -22,7 +22,7 @@ from studio_state.problems import pipeline_problems
 from tests import tiny, tiny_vision
 from tests.methods.drawing import OWN, draw, pipeline_folder, same_pictures
 from tests.methods.driving import attached, folder_for, forced, generate, image_item, make_session, prompt, run_items, tokens
-from tests.methods.sampling import sampled
+from tests.sampling import sampled
 from workers.export_model import Request, export
 from workers.host import ModelHost
 from workers.mechanisms.linear import Lookup, Replacement
@@ -82,22 +82,25 @@ def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path)
     assert packed.acted == {}  # it is a baseline
 
 
+STACKS = [
+    (lambda: tiny.llama_folder(**TIED), "rtn:bits=4,head=same"),
+    (lambda: tiny.llama_folder(**TIED), "rtn:bits=3,head=keep"),
+    (lambda: tiny.llama_folder(**TIED), "dynamic-int8"),
+    (tiny.llama_folder, "magnitude+rtn:bits=4"),
+    (tiny.gpt2_folder, "rtn:bits=4"),
+    (tiny.gpt2_folder, "dfloat11"),
+    (lambda: tiny.llama_folder(**TIED), "magnitude+dfloat11"),
+    (tiny.llama_folder, "magnitude:sparsity=0.8+flash-llm"),
+    (tiny.moe_folder, "rtn:modules=*.gate_up_proj.*"),
+    (tiny.moe_folder, "expert-prune:tokens=64+rtn"),
+    (tiny.moe_folder, "expert-prune:tokens=64+rtn:modules=*.self_attn.*"),
+    (lambda: tiny.moe_folder("qwen2_moe"), "magnitude+expert-prune:tokens=64"),
+]
+
+
 @pytest.mark.parametrize(
     ("folder", "pipeline"),
-    [
-        (lambda: tiny.llama_folder(**TIED), "rtn:bits=4,head=same"),
-        (lambda: tiny.llama_folder(**TIED), "rtn:bits=3,head=keep"),
-        (lambda: tiny.llama_folder(**TIED), "dynamic-int8"),
-        (tiny.llama_folder, "magnitude+rtn:bits=4"),
-        (tiny.gpt2_folder, "rtn:bits=4"),
-        (tiny.gpt2_folder, "dfloat11"),
-        (lambda: tiny.llama_folder(**TIED), "magnitude+dfloat11"),
-        (tiny.llama_folder, "magnitude:sparsity=0.8+flash-llm"),
-        (tiny.moe_folder, "rtn:modules=*.gate_up_proj.*"),
-        (tiny.moe_folder, "expert-prune:tokens=64+rtn"),
-        (tiny.moe_folder, "expert-prune:tokens=64+rtn:modules=*.self_attn.*"),
-        (lambda: tiny.moe_folder("qwen2_moe"), "magnitude+expert-prune:tokens=64"),
-    ],
+    sampled(STACKS, 3, text=lambda case: case[1]),
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_stacks_and_shapes(folder: Any, pipeline: str, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from workers.session import Session
 
 pytestmark = pytest.mark.skipif(native.kernels().library is None, reason=native.kernels().told)
 PACKED = ["rtn:bits=4", "rtn:bits=8", "mixed-bits"]
-PIPELINES = [*PACKED, *(f"{p}+quantized-activations" for p in PACKED)]  # floats, and integers
+PIPELINES = [*PACKED, *(f"{p}+quantized-activations" for p in PACKED)]  # inputs of 16 bits, and of 8
+CLOSE = 2e-4  # of the largest: sums of another order make an input of 16 bits one code more or less here and there
 
 
 @contextmanager
@@ -85,12 +86,12 @@ def test_all_layers_at_once_are_the_layers_call_by_call(pipeline: str, batch: in
         assert len(whole_steps) == 1
         called, expected = cached(model, hidden, rows.layers, seen=seen, reserved=3)  # type: ignore[attr-defined]
         assert len(whole_steps) == 1
-        assert (whole - called).abs().max() < 2e-5 * called.abs().max()
+        assert (whole - called).abs().max() < CLOSE * called.abs().max()
         for mine, theirs in zip(cache.layers, expected.layers, strict=True):
             assert mine.seen == theirs.seen == seen
             assert mine.held().keys.shape == theirs.held().keys.shape
-            assert (mine.held().keys - theirs.held().keys).abs().max() < 2e-5 * theirs.held().keys.abs().max()
-            assert (mine.held().values - theirs.held().values).abs().max() < 2e-5 * theirs.held().values.abs().max()
+            assert (mine.held().keys - theirs.held().keys).abs().max() < CLOSE * theirs.held().keys.abs().max()
+            assert (mine.held().values - theirs.held().values).abs().max() < CLOSE * theirs.held().values.abs().max()
 
 
 def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
@@ -112,7 +113,7 @@ def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
                 outs[kind].append(hidden)
         assert len(whole_steps) == 2 + 3
         for mine, theirs in zip(outs["whole"], outs["called"], strict=True):
-            assert (mine - theirs).abs().max() < 2e-5 * theirs.abs().max()
+            assert (mine - theirs).abs().max() < CLOSE * theirs.abs().max()
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
@@ -123,12 +124,12 @@ def test_native_rows_are_the_layers_call_by_call(pipeline: str, batch: int, new:
         assert isinstance(rows, LeanRows)
         hidden = states(batch, new, 64)
         native_ones, called = run(model, hidden, [rows]), run(model, hidden, rows.layers)
-        assert (native_ones - called).abs().max() < 2e-5 * called.abs().max()
+        assert (native_ones - called).abs().max() < CLOSE * called.abs().max()
         assert model.native_head is not None
         logits = model.native_head(hidden)
         assert logits is not None
         by_calls = model.head(model.norm(hidden))
-        assert (logits - by_calls).abs().max() < 2e-5 * by_calls.abs().max()
+        assert (logits - by_calls).abs().max() < CLOSE * by_calls.abs().max()
 
 
 def test_one_layer_in_float64() -> None:
@@ -157,7 +158,7 @@ def test_one_layer_in_float64() -> None:
         x = x + product(gate / (1 + (-gate).exp()) * up, down)
 
         alone = LeanRows(rows.layers[:1], rows.shapes[:1])  # type: ignore[attr-defined]
-        assert (run(model, hidden, [alone]) - x).abs().max() < 2e-5 * x.abs().max()
+        assert (run(model, hidden, [alone]) - x).abs().max() < CLOSE * x.abs().max()
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

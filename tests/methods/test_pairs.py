@@ -25,8 +25,8 @@ from tests.methods.driving import (
     repetitive_prompt,
     tokens,
 )
-from tests.methods.sampling import sampled
 from tests.methods.test_stacks import LEGAL
+from tests.sampling import sampled
 from workers.methods import catalogue, discover, effective
 
 CATALOG = catalogue()

@@ -28,6 +28,7 @@ from workers.policies.sparsity.quantized_activations import QuantizedActivations
 
 FORMATS = ["int8", "int4 of 32", "int4 of 64", "int4 of 256"]
 KERNEL = pytest.mark.skipif(native.kernels().library is None, reason=native.kernels().told)
+FINEST = 127 * 256 + 127  # the largest code of 16 bits: two bytes of which none is beyond 127
 SHAPES = [(64, 64), (50, 96), (4100, 32), (1, 32), (3, 4096)]
 
 
@@ -78,14 +79,19 @@ def test_the_kernel_multiplies_the_codes_with_the_stored_weights(format: str, sh
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 32])
-def test_the_kernel_multiplies_floats_with_the_stored_weights(format: str, shape: tuple[int, int], rows: int) -> None:
+def test_inputs_that_no_policy_rounds_keep_16_bits(format: str, shape: tuple[int, int], rows: int) -> None:
     group = 32 if format == "int8" else int(format.rpartition(" ")[2])
     module = packed(format, shape[0], -(-shape[1] // group) * group, bias=True)
-    x = torch.randn(rows, module.in_features)
+    x, shared = torch.randn(rows, module.in_features), 64 if format == "int8" else group
     assert module.product() is not None
-    exact = x.double() @ module.matrix().double().T + module.bias.double()  # type: ignore[union-attr]
-    size = x.double().abs() @ module.matrix().double().abs().T
-    assert ((module(x) - exact).abs() <= 1e-5 * size + 1e-6).all()
+    weights = module.matrix().double()
+    codes, step = by_group(x, shared, FINEST)
+    size = x.double().abs() @ weights.abs().T
+    rounded = (codes.double() * step).flatten(-2)[:, : module.in_features] @ weights.T + module.bias.double()  # type: ignore[union-attr]
+    assert ((module(x) - rounded).abs() <= 3e-6 * size + 1e-6).all()
+    steps = step.expand_as(codes).flatten(-2)[:, : module.in_features].double()
+    exact = x.double() @ weights.T + module.bias.double()  # type: ignore[union-attr]
+    assert ((module(x) - exact).abs() <= steps / 2 @ weights.abs().T + 3e-6 * size + 1e-6).all()
     assert torch.equal(module(x), torch.cat([module(row[None]) for row in x]))
     moved = copy.deepcopy(module)
     module.codes.zero_() if isinstance(module, Int8Linear) else module.packed.zero_()
@@ -93,9 +99,24 @@ def test_the_kernel_multiplies_floats_with_the_stored_weights(format: str, shape
 
 
 @KERNEL
+@pytest.mark.parametrize("group", [32, 256])
+@pytest.mark.parametrize("code", [0, 15])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_of_integers_fit(group: int, code: int, sign: float) -> None:
+    grid = torch.stack((torch.ones(2, 64), torch.zeros(2, 64)), -1).bfloat16()
+    module = Int4Linear.stored(torch.full((64, 2 * group), code, dtype=torch.uint8), grid, None)
+    x = torch.full((2, 2 * group), sign)
+    x[1, ::2] = 0.0
+    exact = x @ module.matrix().T
+    assert (module(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (RoundedInput(module)(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@KERNEL
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_number_of_threads_does_not_change_a_number(format: str) -> None:
-    module, x = RoundedInput(packed(format, 1030, 512)), torch.randn(5, 512)
+@pytest.mark.parametrize("around", [RoundedInput, nn.Sequential])
+def test_the_number_of_threads_does_not_change_a_number(format: str, around: type[nn.Module]) -> None:
+    module, x = around(packed(format, 1030, 512)), torch.randn(5, 512)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -109,11 +130,15 @@ def test_the_number_of_threads_does_not_change_a_number(format: str) -> None:
 
 @KERNEL
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_number_that_is_none_is_not_hidden_and_touches_its_own_row_only(format: str) -> None:
-    module, x = RoundedInput(packed(format, 70, 256)), torch.randn(3, 256)
+@pytest.mark.parametrize("around", [RoundedInput, nn.Sequential])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_none_is_not_hidden_and_touches_its_own_row_only(
+    format: str, around: type[nn.Module], bad: float
+) -> None:
+    module, x = around(packed(format, 70, 256)), torch.randn(3, 256)
     clean = module(x)
-    x[1, 5] = torch.nan
-    assert module(x)[1].isnan().all()
+    x[1, 5] = bad
+    assert not module(x)[1].isfinite().any()
     assert torch.equal(module(x)[::2], clean[::2])
     assert not module(torch.zeros(2, 256)).any()
 

@@ -25,8 +25,8 @@ from studio_state.pipeline import Pipeline, Step, parse_pipeline
 from studio_state.problems import pipeline_problems
 from tests import tiny_vision
 from tests.methods.driving import attached, image_item, info_of, run_items, sample_picture, seeing_session, tokens
-from tests.methods.sampling import sampled
 from tests.methods.test_contract import condition
+from tests.sampling import first, sampled
 from tests.tiny import SENTENCES
 from workers.families.base import RunTrace
 from workers.mechanisms.attention import active_forward
@@ -265,7 +265,7 @@ def live_tensors() -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
-@pytest.mark.parametrize("model", ["llava", "vit"])
+@pytest.mark.parametrize("model", first(1, "vit", "llava"))
 def test_no_tensor_stays_behind_anywhere(model: str) -> None:
     """Not in the model, not in a policy, a closure or a cache of the library: a second run holds what the first did.
 
@@ -321,7 +321,7 @@ def legal_pairs(model: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("text", "model"), sampled(((text, model) for model in ("llava", "vit", "clip_vision") for text in legal_pairs(model)), 16)
+    ("text", "model"), sampled(((text, model) for model in ("llava", "vit", "clip_vision") for text in legal_pairs(model)), 32)
 )
 def test_every_legal_pair_runs_and_both_act(text: str, model: str) -> None:
     policies = [POLICIES[name]() for name in text.split("+")]

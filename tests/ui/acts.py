@@ -9,6 +9,9 @@ from urllib.parse import parse_qs, urlsplit
 from playwright.sync_api import Locator, Page, expect
 
 from studio_state.pipeline import unpack_link
+from tests.sampling import first
+
+THEMES = first(1, "dark", "light")
 
 
 def steps(page: Page, lane: int = 0) -> list[str]:

@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.ui import cached
+from tests.ui.acts import THEMES
 from tests.ui.cached import FIRST, HEADS, LONG, NEEDLE, SEEN, WORDS
 from tests.ui.conftest import start_studio, stop
 from tests.ui.picture_acts import around, boxes, watch
@@ -273,7 +274,7 @@ def test_where_columns_share_a_pixel_none_is_lost(page: Page, url: str, width: i
     expect(scope(page).locator(".lc-layers span")).to_have_text(["1", "6", "11", "16", "21", "26"])
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("experiment", [NEEDLE, SEEN])
 def test_axe_is_clean(page: Page, url: str, experiment: str, theme: str) -> None:
     watch(page, url, experiment, theme)

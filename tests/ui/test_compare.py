@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from scipy import stats
 
 from tests.recorded import AGAIN, CHOICE, STOPPED, SWEEP, SWEPT, TEXT
+from tests.ui.acts import THEMES
 from tests.ui.recorded_studio import group, lines, open_compare, pick, recorded_studio, table, wait_drawn, whole
 from tests.ui.test_page import violations
 
@@ -293,7 +294,7 @@ def test_sql_box(compare: Page, data: Path) -> None:
 # -- the page as a whole -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_axe_is_clean(page: Page, url: str, theme: str) -> None:
     open_compare(page, url, theme)
     pick(page, SWEEP)

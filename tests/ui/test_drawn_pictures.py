@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from app.components.numbers import metric_quantity
 from studio_state.pipeline import pack_link
 from tests.ui import drawn, pictured
-from tests.ui.acts import lane_column, run, wait_status
+from tests.ui.acts import THEMES, lane_column, run, wait_status
 from tests.ui.conftest import open_studio, start_studio, stop
 from tests.ui.drawn import DRAWN, ITEMS, LONG, NAMES, STOPPED
 from tests.ui.picture_acts import boxes, watch
@@ -274,7 +274,7 @@ def test_a_model_that_draws_brings_its_workload(page: Page, studio_url: str) -> 
     expect(page.locator(".pe-card", has_text="Step cache").get_by_role("button", name="Add")).to_be_enabled()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("experiment", [DRAWN, STOPPED])
 def test_axe_is_clean(page: Page, url: str, experiment: str, theme: str) -> None:
     watch(page, url, experiment, theme)

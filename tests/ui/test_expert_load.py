@@ -11,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.ui import pictured
+from tests.ui.acts import THEMES
 from tests.ui.conftest import start_studio, stop
 from tests.ui.experts import EXPERTS, LOADS, experts
 from tests.ui.picture_acts import boxes, watch
@@ -75,7 +76,7 @@ def test_the_map_in_words_and_in_a_table(page: Page, url: str) -> None:
     expect(panel(page, 1).locator(".lx-about")).to_have_text("layers 2 to 4, experts 1 to 8")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_axe_is_clean(page: Page, url: str, theme: str) -> None:
     watch(page, url, EXPERTS, theme)
     expect(page.locator(".lx-map")).to_have_count(2)

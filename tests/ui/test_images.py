@@ -11,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.ui import pictured
+from tests.ui.acts import THEMES
 from tests.ui.picture_acts import around, boxes, first_item, panel, pictured_studio, watch
 from tests.ui.pictured import CLASSES, MAPS, PLAIN, QUARTER, TOKENS, VLM, named_class, right_class
 from tests.ui.test_page import violations
@@ -182,7 +183,7 @@ def test_nothing_of_it_without_pictures(page: Page, url: str) -> None:
     assert set(gaps) == {12}
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("experiment", [VLM, CLASSES])
 def test_axe_is_clean(page: Page, url: str, experiment: str, theme: str) -> None:
     watch(page, url, experiment, theme)

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.recorded import AGAIN, CHOICE, SWEEP, TEXT
-from tests.ui.acts import lane_names, steps
+from tests.ui.acts import THEMES, lane_names, steps
 from tests.ui.recorded_studio import lines, recorded_studio
 from tests.ui.test_page import violations
 
@@ -110,7 +110,7 @@ def test_search_and_keyboard(page: Page, url: str) -> None:
     expect(page.locator(".ml-page")).to_be_focused()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_axe_is_clean(page: Page, url: str, theme: str) -> None:
     open_method(page, url, "Round to nearest", theme)
     assert violations(page) == []

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from tests.ui.acts import add, example, run, wait_status
+from tests.ui.acts import THEMES, add, example, run, wait_status
 from tests.ui.conftest import open_studio
 
 pytestmark = pytest.mark.browser
@@ -29,7 +29,7 @@ def violations(page: Page) -> list[tuple[str, str]]:
     return [(v["id"], v["nodes"][0]["html"][:200]) for v in found]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", THEMES)
 def test_axe_is_clean_with_everything_on_the_page(page: Page, studio_url: str, theme: str) -> None:
     open_studio(page, f"{studio_url}/?__theme={theme}")
     example(page, "Half the cache")

@@ -144,6 +144,7 @@ def test_unload_frees_the_model_and_the_next_run_loads_it_again(page: Page, real
     expect(page.locator(".lr-head")).not_to_contain_text("unloaded")
 
 
+@pytest.mark.slow
 def test_reload_fair_queue_and_cancel(page: Page, browser: Browser, real: Real) -> None:
     open_studio(page, link(real.url, real.model, "prompts", TEXT, LONG))
     start_long(page)

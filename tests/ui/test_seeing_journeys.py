@@ -43,6 +43,7 @@ def test_an_example_for_images_brings_its_model_and_workload(page: Page, seeing:
     expect(page.locator(".lg-tile")).to_have_count(30)
 
 
+@pytest.mark.slow
 def test_an_example_bound_to_its_model_brings_it_although_the_family_is_the_same(page: Page, seeing: str) -> None:
     open_studio(page, seeing)
     example(page, "Prune experts")

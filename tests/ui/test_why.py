@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.ui import pictured
+from tests.ui.acts import THEMES
 from tests.ui.conftest import start_studio, stop
 from tests.ui.explained import EXPLAINED, explained
 from tests.ui.picture_acts import watch
@@ -75,7 +76,7 @@ def test_the_limits_of_a_published_device_by_keyboard(page: Page, url: str) -> N
     expect(row).to_have_text(re.compile("linear maps\\s*0.250\\s*–\\s*80.0\\s*125 µs"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", THEMES)
 @pytest.mark.parametrize("width", [1280, 375])
 def test_everyone_can_read_it(browser: Browser, url: str, scheme: str, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]

@@ -397,6 +397,7 @@ def test_a_broken_model_ends_with_status_1_and_a_document(pareto_studio: Start, 
 ISSUE = {"pipeline": str, "status": str, "metrics": dict, "sources": dict, "ratios": dict, "interleaved": bool, "outputs": list}
 
 
+@pytest.mark.slow
 def test_files_sweeps_documents_replay_isolation_and_a_studio_beside_it(pareto_studio: Start, tmp_path: Path) -> None:
     color = {"name": "mine", "color": "red", "steps": [{"policy": "streamingllm", "knobs": {"keep": 0.5}, "why": "a try"}]}
     (tmp_path / "a.json").write_text(json.dumps(color))

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from studio_state.errors import SpecError
 from studio_state.events import Event, decode
+from tests.sampling import first
 from workers.data.fashion import held_out
 from workers.models.info import model_info
 from workers.models.resolve import resolve
@@ -295,7 +296,7 @@ def test_the_command_trains_and_its_card_names_it(pareto_studio: Start, data: Pa
     assert bits(out) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", first(1, signal.SIGINT, signal.SIGTERM))
 def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(
     pareto_studio: Start, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

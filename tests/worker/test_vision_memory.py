@@ -43,6 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_twenty_races_with_one_host_need_no_more_memory_than_five(pictures: Path, quick: None) -> None:
     torch.set_num_threads(1)
     host = ModelHost()

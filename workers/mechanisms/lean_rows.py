@@ -24,7 +24,7 @@ from workers.mechanisms.cache import HeadGroup, KVLayer
 from workers.mechanisms.fusing import is_hooked
 from workers.mechanisms.native import kernels
 from workers.mechanisms.packed_linear import PackedLinear
-from workers.mechanisms.packed_rows import ROWS, PackedMap, packed_map
+from workers.mechanisms.packed_rows import FINE, ROWS, PackedMap, packed_map
 from workers.mechanisms.rounded_input import RoundedInput
 
 if TYPE_CHECKING:
@@ -84,12 +84,12 @@ def head_of(norm: Norm, head: nn.Module) -> Shape | None:
 
 
 def _kernel_map(module: nn.Module) -> PackedMap | None:
-    """The weights of a map that our kernels multiply and nobody looks into, with or without rounding in front of it."""
-    rounds = type(module) is RoundedInput
-    inner = module.inner if rounds else module
+    """The weights of a map that our kernels multiply and nobody looks into, with or without a policy's rounding in front of it."""
+    rounded = type(module) is RoundedInput
+    inner = module.inner if rounded else module
     if not isinstance(inner, PackedLinear) or is_hooked(module) or is_hooked(inner) or module.bias is not None:
         return None
-    return packed_map(inner.packed_weights(), rounds)
+    return packed_map(inner.packed_weights(), 8 if rounded else FINE)
 
 
 def _is_plain(norm: Norm) -> bool:

@@ -1,9 +1,9 @@
 """Linear maps that keep their weights packed in 8 bits or fewer and multiply with float activations.
 
-Few rows (decode, scoring) go through kernels that read each packed weight once: our own in float32 where
-they can be compiled (:mod:`workers.mechanisms.packed_rows`), else PyTorch's weight-only CPU kernels, which
-read bfloat16 activations and return bfloat16, so that the input and output of each such map are rounded to
-8 significant bits. Each output row of these kernels depends on its own input row and weights only, so
+Few rows (decode, scoring) go through kernels that read each packed weight once: our own where they can be
+compiled, which round activations to 16 bits by group (:mod:`workers.mechanisms.packed_rows`), else PyTorch's
+weight-only CPU kernels, which read bfloat16 activations and return bfloat16, so that the input and output of
+each such map are rounded to 8 significant bits. Each output row of these kernels depends on its own input row and weights only, so
 batching, chunking and fusing do not change a number. Many rows (prefill), other devices and other shapes
 unpack a slice of rows at a time and multiply in the activations' own dtype.
 
@@ -55,13 +55,13 @@ class PackedLinear(Replacement):
         return None
 
     def product(self) -> Product | None:
-        """Our own product [m, K] -> [m, N] in float32, without bias; None where there is none."""
+        """Our own product [m, K] -> [m, N] of float32, without bias; None where there is none."""
         weights = self.packed_weights()
         if weights is None:
             return None
         kept: tuple[int, Product | None] | None = self.__dict__.get("_product")
         if kept is None or kept[0] != weights.codes.data_ptr():  # a copy, or moved
-            kept = (weights.codes.data_ptr(), product_of(weights, rounds=False))
+            kept = (weights.codes.data_ptr(), product_of(weights))
             self.__dict__["_product"] = kept
         return kept[1]
 

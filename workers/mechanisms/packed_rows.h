@@ -1,5 +1,5 @@
-/* Products of a few rows with weights packed in 4 or 8 bits; each weight is read once. The rows are floats, or rounded to 8 bits by
- * group: then integers are multiplied and summed within a group, and groups are summed in float32.
+/* Products of a few rows with weights packed in 4 or 8 bits; each weight is read once. The rows are rounded to 8 or 16 bits by
+ * group: integers are multiplied and summed within a group, and groups are summed in float32.
  *
  * For processors with AVX-512 VNNI (products of bytes) and VBMI (permutations of bytes): INTEGER_PRODUCTS says whether this is one.
  * Each output row of each input row is summed in one fixed order, whatever the number of input rows and of threads.
@@ -7,7 +7,7 @@
  * Functions whose name begins with team_ are called by every thread of a parallel region, share the work and wait for each other
  * at their end.
  *
- * Shapes: m input rows, N output rows, N' those with padding, K inputs, g group.
+ * Shapes: m input rows, N output rows, N' those with padding, K inputs, g group, P planes: bytes of an input.
  */
 #pragma once
 #include <math.h>
@@ -21,7 +21,7 @@
 
 #define BLOCK 64       /* rows of one packed block of 4-bit codes */
 #define HALF 32        /* bytes that hold one input's codes of a block */
-#define TOGETHER 4     /* input rows that share one pass over the weights */
+#define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; of two bytes, half as many */
 #define AHEAD 2048     /* bytes of codes that are asked for before they are needed */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
 
@@ -31,7 +31,7 @@ typedef struct {
     int64_t k, n;        /* inputs, outputs */
     int64_t group;       /* inputs that share a scale; a multiple of 16 */
     int64_t height;      /* N' of 4 bits */
-    int64_t rounds;      /* 1: inputs are rounded to 8 bits by group */
+    int64_t planes;      /* bytes that an input is rounded to, by group: 1 or 2 */
     const void *codes;   /* 4: uint8 [N'/64, K, 32], byte i of an input holds the codes of rows i (low half) and i + 32; 8: int8 [N, K] */
     const void *scales;  /* 4: bfloat16 [K/g, N', 2] (scale, zero); 8: bfloat16 [N] */
 } map;
@@ -40,29 +40,33 @@ typedef struct {
 typedef struct {
     const float *rows; /* [m, K] */
     long groups;
-    float *scales;     /* [m, groups] of rounded inputs; of floats, the sums of each group */
-    int32_t *sums;     /* [m, groups] of the codes */
-    int8_t *codes;     /* [m, K] of rounded inputs */
+    long gap;          /* m K, from one plane to the next */
+    float *scales;     /* [m, groups] */
+    int32_t *sums;     /* [m, groups] of the rounded inputs */
+    int8_t *codes;     /* [P, m, K]; an input of two planes is 256 times its first byte plus its second */
 } inputs;
 
 static long groups_of(const map *w) { return (w->k + w->group - 1) / w->group; }
 
 /* Bytes beside the rows, and more, so that reading a whole vector at the end is allowed. */
 static size_t inputs_bytes(const map *w, long m) {
-    return m * groups_of(w) * (sizeof(float) + sizeof(int32_t)) + m * w->k + BLOCK;
+    return m * groups_of(w) * (sizeof(float) + sizeof(int32_t)) + w->planes * m * w->k + BLOCK;
 }
 
 static inputs inputs_in(void *room, const float *rows, long m, const map *w) {
     long groups = groups_of(w);
     float *scales = room;
     int32_t *sums = (int32_t *)(scales + m * groups);
-    return (inputs){rows, groups, scales, sums, (int8_t *)(sums + m * groups)};
+    return (inputs){rows, groups, m * w->k, scales, sums, (int8_t *)(sums + m * groups)};
 }
 
-/* Round a row of K inputs to 8 bits by group of g, the last one as long as is left; K and g are multiples of 16. */
-static void round_row(const float *from, long r, long k, long g, const inputs *to) {
+/* Round row r by group of g, the last one as long as is left; K and g are multiples of 16. */
+static void prepare_row(const map *w, const inputs *to, long r) {
+    const float top = w->planes == 2 ? 127 * 256 + 127 : 127; /* the largest whose first byte is no more than 127 */
+    const float *from = to->rows + r * w->k;
+    int8_t *codes = to->codes + r * w->k;
     for (long n = 0; n < to->groups; n++) {
-        long start = n * g, stop = start + g < k ? start + g : k;
+        long start = n * w->group, stop = start + w->group < w->k ? start + w->group : w->k;
         __m512 most = _mm512_setzero_ps();
         int none = 0; /* some input is not a number: nor shall any output be */
         for (long i = start; i < stop; i += 16) {
@@ -71,30 +75,20 @@ static void round_row(const float *from, long r, long k, long g, const inputs *t
             most = _mm512_max_ps(most, some);
         }
         float largest = none ? NAN : _mm512_reduce_max_ps(most);
-        __m512 times = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+        __m512 times = _mm512_set1_ps(largest > 0 ? top / largest : 0.0f);
         __m512i sum = _mm512_setzero_si512();
         for (long i = start; i < stop; i += 16) {
             __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), times));
             sum = _mm512_add_epi32(sum, code);
-            _mm_storeu_si128((__m128i *)(to->codes + r * k + i), _mm512_cvtsepi32_epi8(code));
+            if (w->planes == 2) {
+                __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
+                _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtsepi32_epi8(high));
+                code = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
+            }
+            _mm_storeu_si128((__m128i *)(codes + (w->planes - 1) * to->gap + i), _mm512_cvtsepi32_epi8(code));
         }
-        to->scales[r * to->groups + n] = largest / 127.0f;
+        to->scales[r * to->groups + n] = largest / top;
         to->sums[r * to->groups + n] = _mm512_reduce_add_epi32(sum);
-    }
-}
-
-/* Make row r ready for the map. */
-static void prepare_row(const map *w, const inputs *to, long r) {
-    const float *from = to->rows + r * w->k;
-    if (w->rounds) {
-        round_row(from, r, w->k, w->group, to);
-        return;
-    }
-    for (long n = 0; n < to->groups; n++) {
-        long start = n * w->group, stop = start + w->group < w->k ? start + w->group : w->k;
-        __m512 sum = _mm512_setzero_ps();
-        for (long i = start; i < stop; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + i));
-        to->scales[r * to->groups + n] = _mm512_reduce_add_ps(sum);
     }
 }
 
@@ -103,180 +97,124 @@ static void team_prepare(const map *w, const inputs *to, long m) {
     for (long r = 0; r < m; r++) prepare_row(w, to, r);
 }
 
+/* A sum of products of inputs of one or two planes, from the sums of each plane. */
+static inline __m512i joined(const __m512i *planes, int count) {
+    return count == 2 ? _mm512_add_epi32(_mm512_slli_epi32(planes[0], 8), planes[1]) : planes[0];
+}
+
 /* One block of BLOCK output rows for ROWS input rows; out: [ROWS][4] vectors of 16 rows.
  *
  * A byte is 16 times the code of its upper row plus that of its lower row. Both are multiplied at once, then the lower one alone;
- * the upper one is a sixteenth of the difference. Sums begin with what makes codes signed: -8 times the sum of the inputs.
+ * the upper one is a sixteenth of the difference. Sums begin with what makes codes signed: -8 times the sum of the inputs. All of
+ * them stay below 2^31 with two planes and 256 inputs a group: (8 * 16 + 8) * 127.5 * 256 * 256.
  */
-#define INT4_BLOCK(NAME, ROWS)                                                                                                \
-    static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height,\
-                     __m512 out[][4]) {                                                                                       \
-        uint8_t order[64];                                                                                                    \
-        for (int i = 0; i < 64; i++) order[i] = (i % 16 / 8) * 16 + i / 16 * 4 + i % 8 / 2 + i % 2 * HALF;                    \
-        const __m512i pairs = _mm512_loadu_si512(order), nibble = _mm512_set1_epi8(15);                                       \
-        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);                                                             \
-        __m512 total[ROWS][4];                                                                                                \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                    \
-        for (long g = 0; g < x->groups; g++) {                                                                                \
-            __m512i both[ROWS][2], lower[ROWS][2];                                                                            \
-            for (int r = 0; r < ROWS; r++) {                                                                                  \
-                int32_t inputs = x->sums[(row + r) * x->groups + g];                                                          \
-                for (int j = 0; j < 2; j++) {                                                                                 \
-                    both[r][j] = _mm512_set1_epi32(-(16 + 1) * 8 * inputs);                                                   \
-                    lower[r][j] = _mm512_set1_epi32(-8 * inputs);                                                             \
-                }                                                                                                             \
-            }                                                                                                                 \
-            for (long i = g * group; i < (g + 1) * group; i += 4) {                                                           \
-                const uint8_t *at = packed + i * HALF;                                                                        \
-                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                        \
-                _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);                                                                   \
-                __m512i a = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at));                                           \
-                __m512i b = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at + 2 * HALF));                                \
-                __m512i code[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)}; /* 4 inputs side by side */     \
-                for (int j = 0; j < 2; j++) {                                                                                 \
-                    __m512i low = _mm512_and_si512(code[j], nibble);                                                          \
-                    for (int r = 0; r < ROWS; r++) {                                                                          \
-                        int32_t four;                                                                                         \
-                        memcpy(&four, x->codes + (row + r) * k + i, 4);                                                       \
-                        both[r][j] = _mm512_dpbusd_epi32(both[r][j], code[j], _mm512_set1_epi32(four));                       \
-                        lower[r][j] = _mm512_dpbusd_epi32(lower[r][j], low, _mm512_set1_epi32(four));                         \
-                    }                                                                                                         \
-                }                                                                                                             \
-            }                                                                                                                 \
-            for (int j = 0; j < 4; j++) {                                                                                     \
-                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                  \
-                __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                \
-                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                              \
-                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                             \
-                for (int r = 0; r < ROWS; r++) {                                                                              \
-                    long at = (row + r) * x->groups + g;                                                                      \
-                    __m512i sum = lower[r][j % 2];                                                                            \
-                    if (j > 1) sum = _mm512_srai_epi32(_mm512_sub_epi32(both[r][j % 2], sum), 4);                             \
-                    __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->scales[at]));                      \
-                    total[r][j] = _mm512_fmadd_ps(scale, part, total[r][j]);                                                  \
-                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps((float)x->sums[at] * x->scales[at]), total[r][j]);     \
-                }                                                                                                             \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int j = 0; j < 4; j++) out[r][j] = total[r][j];                                                              \
+#define INT4_BLOCK(NAME, ROWS, PLANES)                                                                                         \
+    static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height,  \
+                     __m512 out[][4]) {                                                                                        \
+        uint8_t order[64];                                                                                                     \
+        for (int i = 0; i < 64; i++) order[i] = (i % 16 / 8) * 16 + i / 16 * 4 + i % 8 / 2 + i % 2 * HALF;                     \
+        const __m512i pairs = _mm512_loadu_si512(order), nibble = _mm512_set1_epi8(15);                                        \
+        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);                                                              \
+        __m512 total[ROWS][4];                                                                                                 \
+        for (int r = 0; r < ROWS; r++)                                                                                         \
+            for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                     \
+        for (long g = 0; g < x->groups; g++) {                                                                                 \
+            __m512i both[ROWS][2][PLANES], lower[ROWS][2][PLANES];                                                             \
+            for (int r = 0; r < ROWS; r++) {                                                                                   \
+                int32_t inputs = x->sums[(row + r) * x->groups + g];                                                           \
+                for (int j = 0; j < 2; j++)                                                                                    \
+                    for (int p = 0; p < PLANES; p++) {                                                                         \
+                        both[r][j][p] = _mm512_set1_epi32(p == PLANES - 1 ? -(16 + 1) * 8 * inputs : 0);                       \
+                        lower[r][j][p] = _mm512_set1_epi32(p == PLANES - 1 ? -8 * inputs : 0);                                 \
+                    }                                                                                                          \
+            }                                                                                                                  \
+            for (long i = g * group; i < (g + 1) * group; i += 4) {                                                            \
+                const uint8_t *at = packed + i * HALF;                                                                         \
+                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                         \
+                _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);                                                                    \
+                __m512i a = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at));                                            \
+                __m512i b = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at + 2 * HALF));                                 \
+                __m512i code[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)}; /* 4 inputs side by side */      \
+                for (int j = 0; j < 2; j++) {                                                                                  \
+                    __m512i low = _mm512_and_si512(code[j], nibble);                                                           \
+                    for (int r = 0; r < ROWS; r++)                                                                             \
+                        for (int p = 0; p < PLANES; p++) {                                                                     \
+                            int32_t four;                                                                                      \
+                            memcpy(&four, x->codes + p * x->gap + (row + r) * k + i, 4);                                       \
+                            both[r][j][p] = _mm512_dpbusd_epi32(both[r][j][p], code[j], _mm512_set1_epi32(four));              \
+                            lower[r][j][p] = _mm512_dpbusd_epi32(lower[r][j][p], low, _mm512_set1_epi32(four));                \
+                        }                                                                                                      \
+                }                                                                                                              \
+            }                                                                                                                  \
+            for (int j = 0; j < 4; j++) {                                                                                      \
+                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                   \
+                __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                 \
+                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                               \
+                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                              \
+                for (int r = 0; r < ROWS; r++) {                                                                               \
+                    long at = (row + r) * x->groups + g;                                                                       \
+                    __m512i sum = joined(lower[r][j % 2], PLANES);                                                             \
+                    if (j > 1) sum = _mm512_srai_epi32(_mm512_sub_epi32(joined(both[r][j % 2], PLANES), sum), 4);              \
+                    __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->scales[at]));                       \
+                    total[r][j] = _mm512_fmadd_ps(scale, part, total[r][j]);                                                   \
+                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps((float)x->sums[at] * x->scales[at]), total[r][j]);      \
+                }                                                                                                              \
+            }                                                                                                                  \
+        }                                                                                                                      \
+        for (int r = 0; r < ROWS; r++)                                                                                         \
+            for (int j = 0; j < 4; j++) out[r][j] = total[r][j];                                                               \
     }
 
-INT4_BLOCK(int4_block_1, 1)
-INT4_BLOCK(int4_block_2, 2)
-INT4_BLOCK(int4_block_3, 3)
-INT4_BLOCK(int4_block_4, 4)
-
-/* The same with floats: the codes become floats by a table. */
-#define FLOAT4_BLOCK(NAME, ROWS)                                                                                              \
-    static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height, \
-                     __m512 out[][4]) {                                                                                       \
-        const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);                          \
-        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);                                                             \
-        __m512 total[ROWS][4];                                                                                                \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                    \
-        for (long g = 0; g < x->groups; g++) {                                                                                \
-            __m512 sum[ROWS][4];                                                                                              \
-            for (int r = 0; r < ROWS; r++)                                                                                    \
-                for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();                                                  \
-            for (long i = g * group; i < (g + 1) * group; i++) {                                                              \
-                const uint8_t *at = packed + i * HALF;                                                                        \
-                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                        \
-                __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));                                       \
-                __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at + 16)));                                \
-                __m512 code[4] = {_mm512_permutexvar_ps(a, table), _mm512_permutexvar_ps(b, table), /* by the low 4 bits */   \
-                                  _mm512_permutexvar_ps(_mm512_srli_epi32(a, 4), table),                                      \
-                                  _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table)};                                     \
-                for (int r = 0; r < ROWS; r++) {                                                                              \
-                    __m512 one = _mm512_set1_ps(x->rows[(row + r) * k + i]);                                                  \
-                    for (int j = 0; j < 4; j++) sum[r][j] = _mm512_fmadd_ps(code[j], one, sum[r][j]);                         \
-                }                                                                                                             \
-            }                                                                                                                 \
-            for (int j = 0; j < 4; j++) {                                                                                     \
-                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                  \
-                __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                \
-                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                              \
-                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                             \
-                for (int r = 0; r < ROWS; r++) {                                                                              \
-                    total[r][j] = _mm512_fmadd_ps(scale, sum[r][j], total[r][j]);                                             \
-                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][j]);   \
-                }                                                                                                             \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int j = 0; j < 4; j++) out[r][j] = total[r][j];                                                              \
-    }
-
-FLOAT4_BLOCK(float4_block_1, 1)
-FLOAT4_BLOCK(float4_block_2, 2)
-FLOAT4_BLOCK(float4_block_3, 3)
-FLOAT4_BLOCK(float4_block_4, 4)
+INT4_BLOCK(int4_block_1, 1, 1)
+INT4_BLOCK(int4_block_2, 2, 1)
+INT4_BLOCK(int4_block_3, 3, 1)
+INT4_BLOCK(int4_block_4, 4, 1)
+INT4_BLOCK(wide4_block_1, 1, 2)
+INT4_BLOCK(wide4_block_2, 2, 2)
 
 typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uint32_t *, long, long, __m512[][4]);
 
-/* TOGETHER output rows for up to TOGETHER input rows. Sums of bytes are of unsigned times signed ones: 128 is added to the weights,
- * and the sums begin with what takes it off again.
+/* TOGETHER output rows for ROWS input rows. Sums of bytes are of unsigned times signed ones: 128 is added to the weights, and the
+ * sums begin with what takes it off again. A group is one vector.
  */
-#define INT8_ROWS(NAME, ROWS)                                                                                                 \
-    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) {\
-        const __m512i middle = _mm512_set1_epi8((char)0x80);                                                                  \
-        __m512 total[ROWS][TOGETHER];                                                                                         \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                             \
-        for (long g = 0; g < x->groups; g++) {                                                                                \
-            long start = g * group, left = k - start;                                                                         \
-            __mmask64 some = left < group ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;                                       \
-            __m512i in[ROWS], first[ROWS];                                                                                    \
-            for (int r = 0; r < ROWS; r++) {                                                                                  \
-                in[r] = _mm512_maskz_loadu_epi8(some, x->codes + (row + r) * k + start);                                      \
-                first[r] = _mm512_maskz_set1_epi32(1, -128 * x->sums[(row + r) * x->groups + g]);                             \
-            }                                                                                                                 \
-            for (int o = 0; o < TOGETHER; o++) {                                                                              \
-                const int8_t *at = codes + (o < outputs ? o : 0) * k + start;                                                 \
-                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                             \
-                __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, at), middle);                                      \
-                for (int r = 0; r < ROWS; r++) {                                                                              \
-                    __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(first[r], w, in[r]));                                 \
-                    total[r][o] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][o]);    \
-                }                                                                                                             \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int o = 0; o < TOGETHER; o++) out[r][o] = _mm512_reduce_add_ps(total[r][o]);                                 \
+#define INT8_ROWS(NAME, ROWS, PLANES)                                                                                          \
+    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) { \
+        const __m512i middle = _mm512_set1_epi8((char)0x80);                                                                   \
+        __m512 total[ROWS][TOGETHER];                                                                                          \
+        for (int r = 0; r < ROWS; r++)                                                                                         \
+            for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                              \
+        for (long g = 0; g < x->groups; g++) {                                                                                 \
+            long start = g * group, left = k - start;                                                                          \
+            __mmask64 some = left < group ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;                                        \
+            __m512i in[ROWS][PLANES], first[ROWS][PLANES];                                                                     \
+            for (int r = 0; r < ROWS; r++)                                                                                     \
+                for (int p = 0; p < PLANES; p++) {                                                                             \
+                    in[r][p] = _mm512_maskz_loadu_epi8(some, x->codes + p * x->gap + (row + r) * k + start);                   \
+                    first[r][p] = _mm512_setzero_si512();                                                                      \
+                    if (p == PLANES - 1) first[r][p] = _mm512_maskz_set1_epi32(1, -128 * x->sums[(row + r) * x->groups + g]);  \
+                }                                                                                                              \
+            for (int o = 0; o < TOGETHER; o++) {                                                                               \
+                const int8_t *at = codes + (o < outputs ? o : 0) * k + start;                                                  \
+                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                              \
+                __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, at), middle);                                       \
+                for (int r = 0; r < ROWS; r++) {                                                                               \
+                    __m512i dot[PLANES];                                                                                       \
+                    for (int p = 0; p < PLANES; p++) dot[p] = _mm512_dpbusd_epi32(first[r][p], w, in[r][p]);                   \
+                    __m512 sum = _mm512_cvtepi32_ps(joined(dot, PLANES));                                                      \
+                    total[r][o] = _mm512_fmadd_ps(sum, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][o]);     \
+                }                                                                                                              \
+            }                                                                                                                  \
+        }                                                                                                                      \
+        for (int r = 0; r < ROWS; r++)                                                                                         \
+            for (int o = 0; o < TOGETHER; o++) out[r][o] = _mm512_reduce_add_ps(total[r][o]);                                  \
     }
 
-INT8_ROWS(int8_rows_1, 1)
-INT8_ROWS(int8_rows_2, 2)
-INT8_ROWS(int8_rows_3, 3)
-INT8_ROWS(int8_rows_4, 4)
-
-/* The same with floats. */
-#define FLOAT8_ROWS(NAME, ROWS)                                                                                               \
-    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) {\
-        __m512 total[ROWS][TOGETHER];                                                                                         \
-        (void)group;                                                                                                          \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                             \
-        for (long i = 0; i < k; i += 16) {                                                                                    \
-            __m512 in[ROWS];                                                                                                  \
-            for (int r = 0; r < ROWS; r++) in[r] = _mm512_loadu_ps(x->rows + (row + r) * k + i);                              \
-            for (int o = 0; o < TOGETHER; o++) {                                                                              \
-                const int8_t *at = codes + (o < outputs ? o : 0) * k + i;                                                     \
-                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                             \
-                __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));                    \
-                for (int r = 0; r < ROWS; r++) total[r][o] = _mm512_fmadd_ps(w, in[r], total[r][o]);                          \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        for (int r = 0; r < ROWS; r++)                                                                                        \
-            for (int o = 0; o < TOGETHER; o++) out[r][o] = _mm512_reduce_add_ps(total[r][o]);                                 \
-    }
-
-FLOAT8_ROWS(float8_rows_1, 1)
-FLOAT8_ROWS(float8_rows_2, 2)
-FLOAT8_ROWS(float8_rows_3, 3)
-FLOAT8_ROWS(float8_rows_4, 4)
+INT8_ROWS(int8_rows_1, 1, 1)
+INT8_ROWS(int8_rows_2, 2, 1)
+INT8_ROWS(int8_rows_3, 3, 1)
+INT8_ROWS(int8_rows_4, 4, 1)
+INT8_ROWS(wide8_rows_1, 1, 2)
+INT8_ROWS(wide8_rows_2, 2, 2)
 
 typedef void (*eight_bits)(const inputs *, long, long, const int8_t *, long, int, float[][TOGETHER]);
 
@@ -288,15 +226,16 @@ static float widened(uint16_t bfloat) {
 }
 
 static void team_multiply_4(const map *w, const inputs *x, long m, float *y) {
-    const four_bits kernels[2][TOGETHER] = {{float4_block_1, float4_block_2, float4_block_3, float4_block_4},
-                                            {int4_block_1, int4_block_2, int4_block_3, int4_block_4}};
-    const four_bits *run = kernels[w->rounds];
+    const four_bits kernels[2][TOGETHER] = {{int4_block_1, int4_block_2, int4_block_3, int4_block_4},
+                                            {wide4_block_1, wide4_block_2}};
+    const four_bits *run = kernels[w->planes - 1];
+    const long together = TOGETHER / w->planes;
     const uint8_t *packed = w->codes;
     const uint32_t *grid = w->scales; /* a pair each */
 #pragma omp for schedule(static)
     for (long block = 0; block < w->height / BLOCK; block++)
-        for (long r = 0; r < m; r += TOGETHER) {
-            int rows = m - r < TOGETHER ? (int)(m - r) : TOGETHER;
+        for (long r = 0; r < m; r += together) {
+            int rows = (int)(m - r < together ? m - r : together);
             __m512 out[TOGETHER][4];
             run[rows - 1](x, r, w->k, packed + block * w->k * HALF, grid + block * BLOCK, w->group, w->height, out);
             long left = w->n - block * BLOCK;
@@ -306,16 +245,17 @@ static void team_multiply_4(const map *w, const inputs *x, long m, float *y) {
 }
 
 static void team_multiply_8(const map *w, const inputs *x, long m, float *y) {
-    const eight_bits kernels[2][TOGETHER] = {{float8_rows_1, float8_rows_2, float8_rows_3, float8_rows_4},
-                                             {int8_rows_1, int8_rows_2, int8_rows_3, int8_rows_4}};
-    const eight_bits *run = kernels[w->rounds];
+    const eight_bits kernels[2][TOGETHER] = {{int8_rows_1, int8_rows_2, int8_rows_3, int8_rows_4},
+                                             {wide8_rows_1, wide8_rows_2}};
+    const eight_bits *run = kernels[w->planes - 1];
+    const long together = TOGETHER / w->planes;
     const int8_t *codes = w->codes;
     const uint16_t *scales = w->scales;
 #pragma omp for schedule(static)
     for (long first = 0; first < w->n; first += TOGETHER) {
         int outputs = w->n - first < TOGETHER ? (int)(w->n - first) : TOGETHER;
-        for (long r = 0; r < m; r += TOGETHER) {
-            int rows = m - r < TOGETHER ? (int)(m - r) : TOGETHER;
+        for (long r = 0; r < m; r += together) {
+            int rows = (int)(m - r < together ? m - r : together);
             float out[TOGETHER][TOGETHER];
             run[rows - 1](x, r, w->k, codes + first * w->k, w->group, outputs, out);
             for (int i = 0; i < rows; i++)

@@ -1,9 +1,10 @@
 """Products of a few rows with weights packed in 4 or 8 bits, in kernels of our own.
 
-The rows are floats, or rounded to 8 bits by group: then integers are multiplied. PyTorch's products with such weights widen every
-weight, to bfloat16, and round the rows to it. Numbers here are those of a float32 product with the stored weights (and of
-:func:`workers.mechanisms.rounded_input.by_group` where rows are rounded), up to the order of its sums. Each row of the output
-depends on its own row of the input only, bit by bit, whatever runs beside it.
+The rows are rounded by group, to 8 bits where a policy asks for it, else to 16, so that the kernels multiply integers: a 65,278th
+of what the largest input of a group spans, where PyTorch's products with such weights round the rows to bfloat16, whose steps are
+a 256th of a number. Numbers are those of a float32 product of the stored weights with the rows so rounded
+(:func:`workers.mechanisms.rounded_input.by_group`), up to the order of its sums. Each row of the output depends on its own row of
+the input only, bit by bit, whatever runs beside it.
 
 Shapes: m input rows, N output rows, K inputs.
 """
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from workers.mechanisms.native import kernels
 
-GROUP = 64  # rounded inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
+GROUP = 64  # inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
+FINE = 16  # bits of an input that no policy rounds
 ROWS = 64  # more input rows are faster as a product of floats
 INT4, INT8 = "native::int4_linear", "native::int8_linear"  # the names that a profiler sees
 _WIDTH = 16  # groups and K are multiples of it
@@ -35,7 +37,7 @@ class Packed:
     Attributes:
         codes: 4 bits: uint8 [N'/64, K, 32], N' padded rows; 8 bits: int8 [N, K].
         scales: 4 bits: bfloat16 [K/g, N', 2] (scale, zero); 8 bits: bfloat16 [N].
-        group: inputs that share a scale in the weights, or would in the inputs.
+        group: inputs that share a scale, in weights of 4 bits and in what goes in.
         height: N'.
     """
 
@@ -62,32 +64,32 @@ class PackedMap(Structure):
         ("n", c_int64),
         ("group", c_int64),
         ("height", c_int64),
-        ("rounds", c_int64),
+        ("planes", c_int64),
         ("codes", c_void_p),
         ("scales", c_void_p),
     )
 
 
-def packed_map(weights: Packed | None, rounds: bool) -> PackedMap | None:
+def packed_map(weights: Packed | None, input_bits: int = FINE) -> PackedMap | None:
     """The weights for the kernels.
 
     Args:
-        rounds: round what goes in to 8 bits by group.
+        input_bits: what goes in is rounded to, by group: 8 or 16.
 
     Returns:
         None where they cannot be multiplied so: another shape or device, no compiler, another processor.
     """
     if weights is None or weights.k % _WIDTH or weights.group % _WIDTH or not weights.codes.is_cpu or kernels().library is None:
         return None
-    sizes = (weights.bits, weights.k, weights.n, weights.group, weights.height, rounds)
+    sizes = (weights.bits, weights.k, weights.n, weights.group, weights.height, input_bits // 8)
     made = PackedMap(*sizes, weights.codes.data_ptr(), weights.scales.data_ptr())
     made.tensors = (weights.codes, weights.scales)
     return made
 
 
-def product_of(weights: Packed | None, rounds: bool) -> Product | None:
+def product_of(weights: Packed | None, input_bits: int = FINE) -> Product | None:
     """The map [..., K] -> [..., N], contiguous float32 both, without bias; None where there is none (:func:`packed_map`)."""
-    found = packed_map(weights, rounds)
+    found = packed_map(weights, input_bits)
     return None if found is None else _bound(INT4 if found.bits == 4 else INT8, found)
 
 

@@ -24,15 +24,15 @@ from workers.mechanisms.scaled_input import TransformedInput
 TOP = 127  # codes are -127..127
 
 
-def by_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def by_group(x: Tensor, group: int, top: int = TOP) -> tuple[Tensor, Tensor]:
     """Codes, whole numbers of float32 [..., K/g, g], and steps float32 [..., K/g, 1] of x [..., K]; the last group is filled with 0.
 
-    The step of a group is its largest absolute value over 127; numbers halfway between two codes get the even one.
+    The step of a group is its largest absolute value over ``top``; numbers halfway between two codes get the even one.
     """
     grouped = F.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     largest = grouped.abs().amax(-1, keepdim=True)
-    times = torch.where(largest > 0, TOP / largest, torch.zeros_like(largest))
-    return (grouped * times).round_(), largest / TOP
+    times = torch.where(largest > 0, torch.full_like(largest, top) / largest, torch.zeros_like(largest))
+    return (grouped * times).round_(), largest / top
 
 
 class RoundedInput(TransformedInput):
@@ -48,7 +48,7 @@ class RoundedInput(TransformedInput):
     def __init__(self, inner: Replacement):
         super().__init__(inner)
         self.group = inner.group if isinstance(inner, Int4Linear) else GROUP
-        self.product = product_of(inner.packed_weights() if isinstance(inner, PackedLinear) else None, rounds=True)
+        self.product = product_of(inner.packed_weights() if isinstance(inner, PackedLinear) else None, input_bits=8)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""

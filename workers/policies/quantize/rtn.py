@@ -16,10 +16,11 @@ class RoundToNearest(GroupedPolicy):
     The baseline of the quantization literature (no calibration): 8 bits with one symmetric scale a
     row, or fewer with scale and zero point a group of inputs; groups that hold exact zeros are coded
     symmetrically, so a pruning mask survives. Scales are bfloat16. On the CPU decode with 8 and 4 bits runs
-    in kernels of our own in float32 where they can be compiled (AVX-512 VNNI), else on PyTorch's weight-only
-    kernels, with bfloat16 activations; other widths are unpacked at every call, which is slower than not to
-    quantize at all. An embedding tied to the output head is read from
-    the head's packed table, which is stored once. Convolutions keep packed weights too, unpacked at every call.
+    in kernels of our own where they can be compiled (AVX-512 VNNI), which round activations to 16 bits by group
+    to multiply integers, else on PyTorch's weight-only kernels, which round them to bfloat16, more coarsely;
+    other widths are unpacked at every call, which is slower than not to quantize at all. An embedding tied to
+    the output head is read from the head's packed table, which is stored once. Convolutions keep packed weights
+    too, unpacked at every call.
     """
 
     card: ClassVar[Card] = card(

@@ -17,7 +17,7 @@ from workers.session import Session
 
 
 class QuantizedActivations(WeightPolicy):
-    """Round what goes into the linear maps to 8 bits, so that packed weights are multiplied as integers.
+    """Round what goes into the linear maps to 8 bits, so that packed weights take half the products of bytes that 16 bits take.
 
     Folklore of inference engines (llama.cpp's products of 4- and 8-bit weights): each group of 64 inputs of a token has a scale,
     its largest value becomes 127; beside weights of 4 bits by group, the group is theirs. One to 64 tokens at a time on a CPU
