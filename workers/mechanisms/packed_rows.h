@@ -22,7 +22,8 @@
 #define BLOCK 64       /* rows of one packed block of 4-bit codes */
 #define HALF 32        /* bytes that hold one input's codes of a block */
 #define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; of two bytes, half as many */
-#define AHEAD 2048     /* bytes of codes that are asked for before they are needed */
+#define AHEAD 8192     /* bytes of codes that are asked for before they are needed */
+#define ROWS_AHEAD 32  /* the same of 8-bit codes, in rows */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
 
 /* A linear map without bias, as workers.mechanisms.packed_rows.PackedMap lays it out. */
@@ -195,7 +196,7 @@ typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uin
                 }                                                                                                              \
             for (int o = 0; o < TOGETHER; o++) {                                                                               \
                 const int8_t *at = codes + (o < outputs ? o : 0) * k + start;                                                  \
-                _mm_prefetch(at + 2 * TOGETHER * k, _MM_HINT_T0);                                                              \
+                _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T0);                                                              \
                 __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, at), middle);                                       \
                 for (int r = 0; r < ROWS; r++) {                                                                               \
                     __m512i dot[PLANES];                                                                                       \
