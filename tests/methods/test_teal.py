@@ -99,8 +99,9 @@ def test_maps_of_one_input_fuse_and_compute_the_same() -> None:
             assert layer.q_proj.threshold == layer.k_proj.threshold == layer.v_proj.threshold
             wanted, said = forced(session, ids, following), tokens(generate(session, [ids]))
         with attached(session, *before, TEAL(), LeanDecode()):
-            assert torch.allclose(forced(session, ids, following), wanted, atol=1e-4)
-            if not before:  # packed in 8 bits, sums that differ in the last bit may round to either side
+            # before packed weights, sums that differ in the last bit may round to either side
+            assert torch.allclose(forced(session, ids, following), wanted, atol=1e-3 if before else 1e-4)
+            if not before:
                 assert tokens(generate(session, [ids])) == said
             fused = {type(layer.get_submodule(n)).__name__ for n in ("q_proj", "k_proj", "v_proj")}
             assert fused == {"FusedPart"}

@@ -4,6 +4,8 @@ A round is a process of each: our lanes of one number format race in one, each f
 rotates from round to round and the median of a process counts, so that pairs are the values of one round. llama.cpp runs the
 GGUF file as it is and as Q4_0 (which it repacks for the processor at load), with and without its fused attention; the fastest
 of these is what our lanes are held against. Its steps are timed without choosing a token, ours with it.
+
+In the end :data:`DUELS` meet the fastest llama.cpp back to back (:mod:`workers.bench.duel`), one text each in turn.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from statistics import median
 from studio_state.stats import Interval, ratio_interval
 from workers.bench import llama_build
 from workers.bench.children import answer
+from workers.bench.duel import duel
 from workers.bench.plan import Plan
 from workers.bench.report import json_line, ratio_line
+from workers.host import ModelHost
 from workers.models.gguf_file import read_facts
 
 REPACKED_FORMAT = "Q4_0"
@@ -34,6 +38,7 @@ LANES = {
     ),
     "bfloat16": ("rtn:bits=4+lean-decode",),
 }
+DUELS = LANES["float32"][:2]
 Speeds = dict[str, list[float]]
 
 
@@ -92,6 +97,28 @@ def bench(plan: Plan) -> None:
                 speeds.setdefault(name, []).append(median(values))
         print(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {v[-1]:.0f}" for n, v in speeds.items()), flush=True)
     tell(plan, built.told, speeds)
+    duels(plan, built, files, result(speeds).llama)
+
+
+def duels(plan: Plan, built: llama_build.Built, files: Mapping[str, Path], fastest: str) -> None:
+    """Print the ratios of :data:`DUELS` to one llama.cpp, back to back.
+
+    Args:
+        fastest: its name among the speeds of the rounds.
+    """
+    (kind,) = (k for k in files if _llama_name(k, False) == fastest or _llama_name(k, True) == fastest)
+    flash, host = fastest == _llama_name(kind, True), ModelHost()
+
+    def theirs() -> float:
+        timed = built.decode(files[kind], plan.threads, plan.prompt_tokens, plan.new_tokens, 1)
+        return next(t.speeds[0] for t in timed if t.flash == flash)
+
+    for lane in DUELS:
+        ours, others = duel(plan, lane, theirs, host)
+        print(f"{lane} {median(ours):.1f}, {fastest} {median(others):.1f} tokens/s, back to back")
+        ratio = ratio_interval(ours, others)
+        print(ratio_line(f"{lane} / {fastest}, back to back", ratio), flush=True)
+        print(json_line("llama-cpp-duel", plan, lane=lane, against=fastest, ours=ours, theirs=others, ratio=asdict(ratio)))
 
 
 def rotated(processes: Sequence[Callable[[], Speeds]], number: int) -> list[Callable[[], Speeds]]:
@@ -108,7 +135,11 @@ def _ours(plan: Plan, dtype: str) -> Speeds:
 
 def _llama(plan: Plan, built: llama_build.Built, kind: str, file: Path) -> Speeds:
     found = built.decode(file, plan.threads, plan.prompt_tokens, plan.new_tokens, REPEATS)
-    return {f"llama.cpp {kind}{', fused attention' if t.flash else ''}": t.speeds for t in found}
+    return {_llama_name(kind, t.flash): t.speeds for t in found}
+
+
+def _llama_name(kind: str, flash: bool) -> str:
+    return f"llama.cpp {kind}{', fused attention' if flash else ''}"
 
 
 def _told(kind: str, file: Path, buffers: Mapping[str, float]) -> str:
