@@ -18,6 +18,7 @@ from workers.mechanisms import native, packed_rows
 from workers.mechanisms.fusing import fuse
 from workers.mechanisms.operator_times import kind_of
 from workers.mechanisms.packed_linear import Int4Linear, Int8Linear
+from workers.mechanisms.packed_rows import FINE_GROUP
 from workers.mechanisms.rounded_input import RoundedInput, by_group
 from workers.mechanisms.scaled_input import ScaledInput
 from workers.mechanisms.sparse_inputs import wrapped
@@ -82,7 +83,7 @@ def test_the_kernel_multiplies_the_codes_with_the_stored_weights(format: str, sh
 def test_inputs_that_no_policy_rounds_keep_16_bits(format: str, shape: tuple[int, int], rows: int) -> None:
     group = 32 if format == "int8" else int(format.rpartition(" ")[2])
     module = packed(format, shape[0], -(-shape[1] // group) * group, bias=True)
-    x, shared = torch.randn(rows, module.in_features), 64 if format == "int8" else group
+    x, shared = torch.randn(rows, module.in_features), FINE_GROUP if format == "int8" else group
     assert module.product() is not None
     weights = module.matrix().double()
     codes, step = by_group(x, shared, FINEST)
@@ -113,6 +114,18 @@ def test_the_largest_sums_of_integers_fit(group: int, code: int, sign: float) ->
 
 
 @KERNEL
+@pytest.mark.parametrize("code", [127, -127])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_beside_8_bits_fit(code: int, sign: float) -> None:
+    module = Int8Linear(torch.full((5, 3 * FINE_GROUP), code, dtype=torch.int8), torch.ones(5, dtype=torch.bfloat16), None)
+    x = torch.full((2, 3 * FINE_GROUP), sign)
+    x[1, ::2] = 0.0
+    exact = x @ module.matrix().T
+    assert (module(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (RoundedInput(module)(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@KERNEL
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("around", [RoundedInput, nn.Sequential])
 def test_the_number_of_threads_does_not_change_a_number(format: str, around: type[nn.Module]) -> None:
@@ -126,6 +139,18 @@ def test_the_number_of_threads_does_not_change_a_number(format: str, around: typ
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@KERNEL
+@pytest.mark.parametrize("code", [127, -127])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_beside_8_bits_fit(code: int, sign: float) -> None:
+    module = Int8Linear(torch.full((5, 3 * FINE_GROUP), code, dtype=torch.int8), torch.ones(5, dtype=torch.bfloat16), None)
+    x = torch.full((2, 3 * FINE_GROUP), sign)
+    x[1, ::2] = 0.0
+    exact = x @ module.matrix().T
+    assert (module(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (RoundedInput(module)(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 @KERNEL

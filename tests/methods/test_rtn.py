@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from studio_state.errors import SpecError
 from tests import tiny
 from tests.methods.driving import attached, forced, generate, make_session, prompt, tokens
-from workers.mechanisms import packing
+from workers.mechanisms import packed_rows, packing
+from workers.mechanisms.native import Built
 from workers.mechanisms.packed_linear import Int4Linear, Int8Linear, PackedLinear
 from workers.mechanisms.weight_policy import weight_bytes
 from workers.policies.quantize.rtn import RoundToNearest
@@ -85,6 +86,36 @@ def test_packing_round_trip(block: int) -> None:
     codes = torch.randint(0, 16, (128, 96), dtype=torch.uint8)
     assert torch.equal(packing.unpack(packing.pack(codes, block)), codes.T)
     assert packing.pack(codes, block).nbytes == codes.numel() // 2
+
+
+def test_packing_by_four_by_hand_and_back() -> None:
+    codes = torch.randint(0, 16, (128, 96), dtype=torch.uint8)
+    packed = packing.pack_by_four(codes)
+    assert packed.shape == (2, 24, 32, 4)
+    assert packed[1, 5, 7, 3] == codes[64 + 7, 4 * 5 + 3] + 16 * codes[64 + 7 + 32, 4 * 5 + 3]
+    assert torch.equal(packing.unpack(packed), codes.T)
+
+
+@pytest.mark.parametrize("rows", [64, 50])
+def test_weights_of_either_layout_become_the_one_this_machine_reads(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exported model may come from a machine with our kernel, or from one without."""
+    source, x = nn.Linear(96, rows), torch.randn(3, 96)
+    here = Int4Linear.of(source, 32)
+    monkeypatch.setattr(packed_rows, "kernels", lambda: Built(None, "as on a machine without a compiler"))
+    there = Int4Linear.of(source, 32)
+    assert (there.packed.ndim, there.product()) == (3, None)
+    brought = Int4Linear(here.packed, here.grid, rows, here.bias)
+    assert torch.equal(brought.packed, there.packed)
+    ids = torch.tensor([3, 40, 3, 0])
+    for other in (brought, there):
+        assert torch.equal(other.matrix(), here.matrix())
+        assert torch.equal(other.rows(ids), here.rows(ids))
+        assert other.nbytes() == here.nbytes()
+    assert torch.equal(brought(x), there(x))
+    monkeypatch.undo()
+    back = Int4Linear(there.packed, there.grid, rows, there.bias)
+    assert torch.equal(back.packed, here.packed)
+    assert torch.equal(back(x), here(x))
 
 
 def test_our_layout_is_the_one_this_cpu_reads() -> None:

@@ -137,17 +137,6 @@ typedef struct {
     int64_t length;       /* S, without the new entry */
 } memory;
 
-/* Four sums of 16 numbers each, side by side. */
-static __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* in each quarter a part of all four */
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 /* Attention of a query [D] to keys and values [S, D] -> out [D], D = 16 PARTS; scores: room for S + 16. */
 #define ATTEND(NAME, PARTS)                                                                                                   \
     static void NAME(const float *query, const float *keys, const float *values, long s, float scale, float *scores, float *out) { \

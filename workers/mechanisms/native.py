@@ -53,7 +53,7 @@ def kernels() -> Built:
     except OSError as e:
         return Built(None, f"not compiled: the result could not be kept or loaded: {e}")
     if not library.available():
-        return Built(None, "not used: this processor lacks AVX-512 VNNI or VBMI")
+        return Built(None, "not used: this processor lacks AVX-512 VNNI")
     return Built(library, f"compiled by {' '.join([*compiler, *FLAGS])}")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from workers.mechanisms import packing
 from workers.mechanisms.linear import Lookup, Replacement, bias_of, join_bias, matrix_of
-from workers.mechanisms.packed_rows import GROUP, Packed, Product, product_of
+from workers.mechanisms.packed_rows import Packed, Product, product_of, reads_groups
 
 # Above so many input rows unpacking and a float product are faster (measured with AVX-512).
 _INT8_KERNEL_ROWS, _INT4_KERNEL_ROWS = 32, 64
@@ -106,7 +106,7 @@ class Int8Linear(PackedLinear):
 
     def packed_weights(self) -> Packed:
         """The codes by row."""
-        return Packed(8, self.codes, self.scales, self.in_features, self.out_features, GROUP, self.out_features)
+        return Packed(8, self.codes, self.scales, self.in_features, self.out_features, self.in_features, self.out_features)
 
     def ledger(self) -> dict[str, int]:
         """A byte a code, two a row's scale."""
@@ -138,30 +138,35 @@ class Int8Linear(PackedLinear):
 
 
 class Int4Linear(PackedLinear):
-    """4 bits by group, two codes a byte, in the layout that the CPU kernel reads (``packing.pack``).
+    """4 bits by group, two codes a byte, in the layout that the kernel of this machine reads.
 
     Rows are padded to a multiple of 64; the padding counts as bytes.
 
     Args:
-        packed: uint8 [N'/B, K, B/2], N' padded rows; grid: bfloat16 [K/g, N', 2] (scale, zero); rows: N; bias: [N].
+        packed: uint8 [N'/64, K/4, 32, 4] (``packing.pack_by_four``, for our kernel) or [N'/B, K, B/2] (``packing.pack``, for that of
+            PyTorch), N' padded rows; laid out anew if it comes from a machine that reads the other one.
+        grid: bfloat16 [K/g, N', 2] (scale, zero); rows: N; bias: [N].
     """
 
     packed: Tensor
     grid: Tensor
 
     def __init__(self, packed: Tensor, grid: Tensor, rows: int, bias: Tensor | None):
-        super().__init__(packed.shape[1], rows, bias)
+        k = 2 * packed.numel() // grid.shape[1]
+        super().__init__(k, rows, bias)
+        self.group = k // grid.shape[0]
+        if (packed.ndim == 4) != reads_groups(self.group):
+            packed = arranged(packing.unpack(packed).T, self.group)
         self.register_buffer("packed", packed)
         self.register_buffer("grid", grid)
-        self.group = self.in_features // grid.shape[0]
-        has_kernel = self.group in packing.KERNEL_GROUPS and 2 * packed.shape[2] == packing.kernel_block()
+        has_kernel = self.group in packing.KERNEL_GROUPS and (packed.ndim == 4 or 2 * packed.shape[2] == packing.kernel_block())
         self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
 
     bits = 4.0
 
     def packed_weights(self) -> Packed | None:
-        """The codes by blocks of 64 rows."""
-        if 2 * self.packed.shape[2] != packing.BLOCK:
+        """The codes by blocks of 64 rows and four inputs."""
+        if self.packed.ndim != 4:
             return None
         return Packed(4, self.packed, self.grid, self.in_features, self.out_features, self.group, self.grid.shape[1])
 
@@ -185,18 +190,18 @@ class Int4Linear(PackedLinear):
     @classmethod
     def stored(cls, codes: Tensor, grid: Tensor, bias: Tensor | None) -> Int4Linear:
         """Codes uint8 [N, K] on a grid [K/g, N, 2], packed."""
-        block, (n, k) = packing.kernel_block() or packing.BLOCK, codes.shape
-        height = packing.padded_rows(n)
-        packed = torch.empty(height // block, k, block // 2, dtype=torch.uint8, device=codes.device)
-        for a in range(0, n, packing.ROW_CHUNK):
-            piece = codes[a : a + packing.ROW_CHUNK]
-            b = a + packing.padded_rows(len(piece))
-            packed[a // block : b // block] = packing.pack(F.pad(piece, (0, 0, 0, b - a - len(piece)), value=8), block)
-        scale, zero = F.pad(grid[..., 0], (0, height - n), value=1.0), F.pad(grid[..., 1], (0, height - n))
+        n, k = codes.shape
+        fill = packing.padded_rows(n) - n
+        pieces = codes.split(packing.ROW_CHUNK)
+        pieces = (*pieces[:-1], F.pad(pieces[-1], (0, 0, 0, fill), value=8))
+        packed = torch.cat([arranged(piece, k // grid.shape[0]) for piece in pieces])
+        scale, zero = F.pad(grid[..., 0], (0, fill), value=1.0), F.pad(grid[..., 1], (0, fill))
         return cls(packed, torch.stack([scale, zero], -1), n, bias)
 
     def kernel(self, x: Tensor) -> Tensor:
         """bfloat16 [m, K] -> bfloat16 [m, N]."""
+        if self.packed.ndim == 4:
+            return super().kernel(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed.view(-1, self.in_features // 2), self.group, self.grid)
         return y[:, : self.out_features]
 
@@ -212,7 +217,7 @@ class Int4Linear(PackedLinear):
         """float32 [n, K]."""
         half = self.packed.shape[2]
         inside = ids % (2 * half)
-        bytes_ = self.packed[ids // (2 * half), :, inside % half]  # [n, K]
+        bytes_ = self.packed[ids // (2 * half), :, inside % half].flatten(1)  # [n, K]
         codes = (bytes_ >> (4 * (inside // half))[:, None].to(torch.uint8)) & 15
         return packing.dequantise(codes.T, self.grid[:, ids]).T
 
@@ -223,13 +228,20 @@ class Int4Linear(PackedLinear):
     @classmethod
     def joined(cls, parts: Sequence[Int4Linear]) -> Int4Linear:
         """Rows of all parts; packed anew only if a part ends inside a block of padding."""
-        block, rows, bias = 2 * parts[0].packed.shape[2], sum(p.out_features for p in parts), join_bias(parts)
+        rows, bias = sum(p.out_features for p in parts), join_bias(parts)
         if all(p.out_features == p.grid.shape[1] for p in parts):
             return cls(torch.cat([p.packed for p in parts]), torch.cat([p.grid for p in parts], 1), rows, bias)
         fill = packing.padded_rows(rows) - rows
         codes = torch.cat([packing.unpack(p.packed)[:, : p.out_features] for p in parts], 1).T
         grid = torch.cat([p.grid[:, : p.out_features] for p in parts], 1)
-        return cls(packing.pack(F.pad(codes, (0, 0, 0, fill)), block), F.pad(grid, (0, 0, 0, fill)), rows, bias)
+        return cls(arranged(F.pad(codes, (0, 0, 0, fill)), parts[0].group), F.pad(grid, (0, 0, 0, fill)), rows, bias)
+
+
+def arranged(codes: Tensor, group: int) -> Tensor:
+    """Codes uint8 [N', K] packed in the layout that this machine reads, with so many inputs a scale; N': a multiple of 64."""
+    if reads_groups(group):
+        return packing.pack_by_four(codes)
+    return packing.pack(codes, packing.kernel_block() or packing.BLOCK)
 
 
 class BitPlaneLinear(PackedLinear):

@@ -1,7 +1,7 @@
 /* Products of a few rows with weights packed in 4 or 8 bits; each weight is read once. The rows are rounded to 8 or 16 bits by
  * group: integers are multiplied and summed within a group, and groups are summed in float32.
  *
- * For processors with AVX-512 VNNI (products of bytes) and VBMI (permutations of bytes): INTEGER_PRODUCTS says whether this is one.
+ * For processors with AVX-512 VNNI (products of bytes): INTEGER_PRODUCTS says whether this is one.
  * Each output row of each input row is summed in one fixed order, whatever the number of input rows and of threads.
  *
  * Functions whose name begins with team_ are called by every thread of a parallel region, share the work and wait for each other
@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define INTEGER_PRODUCTS 1
 #include <immintrin.h>
 
@@ -23,17 +23,17 @@
 #define HALF 32        /* bytes that hold one input's codes of a block */
 #define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; of two bytes, half as many */
 #define AHEAD 8192     /* bytes of codes that are asked for before they are needed */
-#define ROWS_AHEAD 32  /* the same of 8-bit codes, in rows */
+#define ROWS_AHEAD 8    /* the same of 8-bit codes, in rows */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
 
 /* A linear map without bias, as workers.mechanisms.packed_rows.PackedMap lays it out. */
 typedef struct {
     int64_t bits;        /* 4 or 8 */
     int64_t k, n;        /* inputs, outputs */
-    int64_t group;       /* inputs that share a scale; a multiple of 16 */
+    int64_t group;       /* inputs that share a scale; a multiple of 16, beside weights of 8 bits of 64 */
     int64_t height;      /* N' of 4 bits */
     int64_t planes;      /* bytes that an input is rounded to, by group: 1 or 2 */
-    const void *codes;   /* 4: uint8 [N'/64, K, 32], byte i of an input holds the codes of rows i (low half) and i + 32; 8: int8 [N, K] */
+    const void *codes;   /* 4: uint8 [N'/64, K/4, 32, 4], byte i of four inputs holds the codes of rows i (low half) and i + 32; 8: int8 [N, K] */
     const void *scales;  /* 4: bfloat16 [K/g, N', 2] (scale, zero); 8: bfloat16 [N] */
 } map;
 
@@ -112,10 +112,7 @@ static inline __m512i joined(const __m512i *planes, int count) {
 #define INT4_BLOCK(NAME, ROWS, PLANES)                                                                                         \
     static void NAME(const inputs *x, long row, long k, const uint8_t *packed, const uint32_t *grid, long group, long height,  \
                      __m512 out[][4]) {                                                                                        \
-        uint8_t order[64];                                                                                                     \
-        for (int i = 0; i < 64; i++) order[i] = (i % 16 / 8) * 16 + i / 16 * 4 + i % 8 / 2 + i % 2 * HALF;                     \
-        const __m512i pairs = _mm512_loadu_si512(order), nibble = _mm512_set1_epi8(15);                                        \
-        const __m512i upper = _mm512_set1_epi32((int)0xffff0000);                                                              \
+        const __m512i nibble = _mm512_set1_epi8(15), upper = _mm512_set1_epi32((int)0xffff0000);                               \
         __m512 total[ROWS][4];                                                                                                 \
         for (int r = 0; r < ROWS; r++)                                                                                         \
             for (int j = 0; j < 4; j++) total[r][j] = _mm512_setzero_ps();                                                     \
@@ -133,16 +130,13 @@ static inline __m512i joined(const __m512i *planes, int count) {
                 const uint8_t *at = packed + i * HALF;                                                                         \
                 _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                         \
                 _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);                                                                    \
-                __m512i a = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at));                                            \
-                __m512i b = _mm512_permutexvar_epi8(pairs, _mm512_loadu_si512(at + 2 * HALF));                                 \
-                __m512i code[2] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)}; /* 4 inputs side by side */      \
                 for (int j = 0; j < 2; j++) {                                                                                  \
-                    __m512i low = _mm512_and_si512(code[j], nibble);                                                           \
+                    __m512i code = _mm512_loadu_si512(at + 64 * j), low = _mm512_and_si512(code, nibble);                      \
                     for (int r = 0; r < ROWS; r++)                                                                             \
                         for (int p = 0; p < PLANES; p++) {                                                                     \
                             int32_t four;                                                                                      \
                             memcpy(&four, x->codes + p * x->gap + (row + r) * k + i, 4);                                       \
-                            both[r][j][p] = _mm512_dpbusd_epi32(both[r][j][p], code[j], _mm512_set1_epi32(four));              \
+                            both[r][j][p] = _mm512_dpbusd_epi32(both[r][j][p], code, _mm512_set1_epi32(four));                 \
                             lower[r][j][p] = _mm512_dpbusd_epi32(lower[r][j][p], low, _mm512_set1_epi32(four));                \
                         }                                                                                                      \
                 }                                                                                                              \
@@ -176,38 +170,46 @@ INT4_BLOCK(wide4_block_2, 2, 2)
 typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uint32_t *, long, long, __m512[][4]);
 
 /* TOGETHER output rows for ROWS input rows. Sums of bytes are of unsigned times signed ones: 128 is added to the weights, and the
- * sums begin with what takes it off again. A group is one vector.
+ * sums begin with what takes it off again. A group is whole vectors, of the last one as much as is left.
  */
 #define INT8_ROWS(NAME, ROWS, PLANES)                                                                                          \
-    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, float out[][TOGETHER]) { \
+    static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, __m512 out[][TOGETHER]) {\
         const __m512i middle = _mm512_set1_epi8((char)0x80);                                                                   \
+        const __mmask64 last = ~(__mmask64)0 >> -k % 64;                                                                       \
         __m512 total[ROWS][TOGETHER];                                                                                          \
         for (int r = 0; r < ROWS; r++)                                                                                         \
             for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                              \
         for (long g = 0; g < x->groups; g++) {                                                                                 \
-            long start = g * group, left = k - start;                                                                          \
-            __mmask64 some = left < group ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;                                        \
-            __m512i in[ROWS][PLANES], first[ROWS][PLANES];                                                                     \
+            const long start = g * group, stop = start + group < k ? start + group : k;                                        \
+            __m512i dot[ROWS][TOGETHER][PLANES];                                                                               \
             for (int r = 0; r < ROWS; r++)                                                                                     \
-                for (int p = 0; p < PLANES; p++) {                                                                             \
-                    in[r][p] = _mm512_maskz_loadu_epi8(some, x->codes + p * x->gap + (row + r) * k + start);                   \
-                    first[r][p] = _mm512_setzero_si512();                                                                      \
-                    if (p == PLANES - 1) first[r][p] = _mm512_maskz_set1_epi32(1, -128 * x->sums[(row + r) * x->groups + g]);  \
+                for (int o = 0; o < TOGETHER; o++) {                                                                           \
+                    for (int p = 0; p < PLANES; p++) dot[r][o][p] = _mm512_setzero_si512();                                    \
+                    dot[r][o][PLANES - 1] = _mm512_maskz_set1_epi32(1, -128 * x->sums[(row + r) * x->groups + g]);             \
                 }                                                                                                              \
-            for (int o = 0; o < TOGETHER; o++) {                                                                               \
-                const int8_t *at = codes + (o < outputs ? o : 0) * k + start;                                                  \
-                _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T0);                                                              \
-                __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, at), middle);                                       \
-                for (int r = 0; r < ROWS; r++) {                                                                               \
-                    __m512i dot[PLANES];                                                                                       \
-                    for (int p = 0; p < PLANES; p++) dot[p] = _mm512_dpbusd_epi32(first[r][p], w, in[r][p]);                   \
-                    __m512 sum = _mm512_cvtepi32_ps(joined(dot, PLANES));                                                      \
-                    total[r][o] = _mm512_fmadd_ps(sum, _mm512_set1_ps(x->scales[(row + r) * x->groups + g]), total[r][o]);     \
+            for (long i = start; i < stop; i += 64) {                                                                          \
+                const __mmask64 some = i + 64 > k ? last : ~(__mmask64)0;                                                      \
+                __m512i in[ROWS][PLANES];                                                                                      \
+                for (int r = 0; r < ROWS; r++)                                                                                 \
+                    for (int p = 0; p < PLANES; p++)                                                                           \
+                        in[r][p] = _mm512_maskz_loadu_epi8(some, x->codes + p * x->gap + (row + r) * k + i);                   \
+                for (int o = 0; o < TOGETHER; o++) {                                                                           \
+                    const int8_t *at = codes + (o < outputs ? o : 0) * k + i;                                                  \
+                    _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T0);                                                            \
+                    __m512i w = i + 64 > k ? _mm512_maskz_loadu_epi8(last, at) : _mm512_loadu_si512(at);                       \
+                    w = _mm512_xor_si512(w, middle);                                                                           \
+                    for (int r = 0; r < ROWS; r++)                                                                             \
+                        for (int p = 0; p < PLANES; p++) dot[r][o][p] = _mm512_dpbusd_epi32(dot[r][o][p], w, in[r][p]);        \
                 }                                                                                                              \
+            }                                                                                                                  \
+            for (int r = 0; r < ROWS; r++) {                                                                                   \
+                __m512 step = _mm512_set1_ps(x->scales[(row + r) * x->groups + g]);                                            \
+                for (int o = 0; o < TOGETHER; o++)                                                                             \
+                    total[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined(dot[r][o], PLANES)), step, total[r][o]);           \
             }                                                                                                                  \
         }                                                                                                                      \
         for (int r = 0; r < ROWS; r++)                                                                                         \
-            for (int o = 0; o < TOGETHER; o++) out[r][o] = _mm512_reduce_add_ps(total[r][o]);                                  \
+            for (int o = 0; o < TOGETHER; o++) out[r][o] = total[r][o];                                                        \
     }
 
 INT8_ROWS(int8_rows_1, 1, 1)
@@ -217,7 +219,18 @@ INT8_ROWS(int8_rows_4, 4, 1)
 INT8_ROWS(wide8_rows_1, 1, 2)
 INT8_ROWS(wide8_rows_2, 2, 2)
 
-typedef void (*eight_bits)(const inputs *, long, long, const int8_t *, long, int, float[][TOGETHER]);
+typedef void (*eight_bits)(const inputs *, long, long, const int8_t *, long, int, __m512[][TOGETHER]);
+
+/* Four sums of 16 numbers each, side by side. */
+static __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)); /* in each quarter a part of all four */
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 
 static float widened(uint16_t bfloat) {
     uint32_t bits = (uint32_t)bfloat << 16;
@@ -257,10 +270,13 @@ static void team_multiply_8(const map *w, const inputs *x, long m, float *y) {
         int outputs = w->n - first < TOGETHER ? (int)(w->n - first) : TOGETHER;
         for (long r = 0; r < m; r += together) {
             int rows = (int)(m - r < together ? m - r : together);
-            float out[TOGETHER][TOGETHER];
+            __m512 out[TOGETHER][TOGETHER];
             run[rows - 1](x, r, w->k, codes + first * w->k, w->group, outputs, out);
-            for (int i = 0; i < rows; i++)
-                for (int o = 0; o < outputs; o++) y[(r + i) * w->n + first + o] = widened(scales[first + o]) * out[i][o];
+            for (int i = 0; i < rows; i++) {
+                float sums[TOGETHER];
+                _mm_storeu_ps(sums, four_sums(out[i][0], out[i][1], out[i][2], out[i][3]));
+                for (int o = 0; o < outputs; o++) y[(r + i) * w->n + first + o] = widened(scales[first + o]) * sums[o];
+            }
         }
     }
 }

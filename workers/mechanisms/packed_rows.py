@@ -22,8 +22,8 @@ from torch import Tensor
 
 from workers.mechanisms.native import kernels
 
-GROUP = 64  # inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
 FINE = 16  # bits of an input that no policy rounds
+GROUP, FINE_GROUP = 64, 256  # inputs of 8 and 16 bits that share a scale beside 8-bit weights; beside 4-bit ones the weights' group
 ROWS = 64  # more input rows are faster as a product of floats
 INT4, INT8 = "native::int4_linear", "native::int8_linear"  # the names that a profiler sees
 _WIDTH = 16  # groups and K are multiples of it
@@ -35,9 +35,9 @@ class Packed:
     """Weights in one of the two formats that the kernels read.
 
     Attributes:
-        codes: 4 bits: uint8 [N'/64, K, 32], N' padded rows; 8 bits: int8 [N, K].
+        codes: 4 bits: uint8 [N'/64, K/4, 32, 4], N' padded rows; 8 bits: int8 [N, K].
         scales: 4 bits: bfloat16 [K/g, N', 2] (scale, zero); 8 bits: bfloat16 [N].
-        group: inputs that share a scale, in weights of 4 bits and in what goes in.
+        group: inputs whose weights share a scale.
         height: N'.
     """
 
@@ -70,6 +70,11 @@ class PackedMap(Structure):
     )
 
 
+def reads_groups(group: int) -> bool:
+    """True if the kernel of this machine multiplies weights of 4 bits with so many inputs a scale."""
+    return group % _WIDTH == 0 and kernels().library is not None
+
+
 def packed_map(weights: Packed | None, input_bits: int = FINE) -> PackedMap | None:
     """The weights for the kernels.
 
@@ -79,9 +84,10 @@ def packed_map(weights: Packed | None, input_bits: int = FINE) -> PackedMap | No
     Returns:
         None where they cannot be multiplied so: another shape or device, no compiler, another processor.
     """
-    if weights is None or weights.k % _WIDTH or weights.group % _WIDTH or not weights.codes.is_cpu or kernels().library is None:
+    if weights is None or weights.k % _WIDTH or not weights.codes.is_cpu or not reads_groups(weights.group):
         return None
-    sizes = (weights.bits, weights.k, weights.n, weights.group, weights.height, input_bits // 8)
+    group = weights.group if weights.bits == 4 else GROUP if input_bits == 8 else FINE_GROUP
+    sizes = (weights.bits, weights.k, weights.n, group, weights.height, input_bits // 8)
     made = PackedMap(*sizes, weights.codes.data_ptr(), weights.scales.data_ptr())
     made.tensors = (weights.codes, weights.scales)
     return made

@@ -89,9 +89,18 @@ def pack(codes: Tensor, block: int) -> Tensor:
     return (low | (high << 4)).transpose(1, 2).contiguous()
 
 
+def pack_by_four(codes: Tensor) -> Tensor:
+    """Two codes a byte, with the codes of four inputs side by side: uint8 [N, K] -> [N/64, K/4, 32, 4].
+
+    Byte [i, c] of a block holds input c of its rows i (low half) and i + 32 (high half).
+    """
+    low, high = codes.unflatten(0, (-1, BLOCK)).chunk(2, 1)  # [N/64, 32, K] each
+    return (low | (high << 4)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+
+
 def unpack(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack`, transposed: [N/B, K, B/2] -> codes uint8 [K, N]."""
-    bytes_ = packed.permute(1, 0, 2)
+    """Inverse of :func:`pack` and :func:`pack_by_four`, transposed: [N/B, K, B/2] or [N/B, K/4, B/2, 4] -> codes uint8 [K, N]."""
+    bytes_ = packed.permute(1, 0, 2) if packed.ndim == 3 else packed.permute(1, 3, 0, 2).flatten(0, 1)
     return torch.cat([bytes_ & 15, bytes_ >> 4], -1).flatten(1)
 
 
