@@ -4,8 +4,6 @@
  *
  * Shapes: m rows, C hidden width, Hq query heads, H key-value heads, D head width, F width of the feed-forward block, S entries.
  */
-#include <omp.h>
-
 #include "packed_rows.h"
 
 #ifdef INTEGER_PRODUCTS
@@ -45,7 +43,7 @@ static void norm_row(const float *x, const float *weight, double eps, long r, co
     __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)k + (float)eps));
     for (long i = 0; i < k; i += 16)
         _mm512_storeu_ps(normed + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
-    prepare_row(w, to, r);
+    for (long n = 0; n < to->groups; n++) prepare_group(w, to, r, n);
 }
 
 /* The head at x [D] by cosines and signed sines [D]: x cos + roll(x, D / 2) sin. D is even. */
@@ -85,49 +83,56 @@ static room room_for(long m, const layer *const *some, long count) {
 }
 
 /* Norm and first product of a layer: hidden [m, C] -> heads [m, N], queries and keys turned. */
-static void team_before(const layer *l, const float *hidden, const float *cosines, const float *sines, long m, float *heads, room at) {
+static void team_before(const layer *l, const float *hidden, const float *cosines, const float *sines, long m, float *heads, room at,
+                        meeting *all) {
     const inputs given = inputs_in(at.beside, at.in, m, &l->qkv);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long r = 0; r < m; r++)
         norm_row(hidden + r * l->qkv.k, l->norm_in, l->eps_in, r, &l->qkv, at.in + r * l->qkv.k, &given);
-    team_multiply(&l->qkv, &given, m, heads);
+    team_wait(all);
+    team_multiply(&l->qkv, &given, m, heads, all);
     if (!l->turned) return;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long i = 0; i < m * l->turned; i++) {
         long r = i / l->turned, head = i % l->turned;
         turn(heads + r * l->qkv.n + head * l->width, cosines + r * l->width, sines + r * l->width, l->width);
     }
+    team_wait(all);
 }
 
 /* What follows the attention: mixed [m, Hq D], hidden [m, C] -> out [m, C]. */
-static void team_after(const layer *l, const float *mixed, const float *hidden, long m, float *out, room at) {
+static void team_after(const layer *l, const float *mixed, const float *hidden, long m, float *out, room at, meeting *all) {
     const long c = l->out.n, f = l->down.k;
     inputs given = inputs_in(at.beside, mixed, m, &l->out);
-    team_prepare(&l->out, &given, m);
-    team_multiply(&l->out, &given, m, out);
+    team_prepare(&l->out, &given, m, all);
+    team_multiply(&l->out, &given, m, out, all);
     given = inputs_in(at.beside, at.in, m, &l->gate_up);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long r = 0; r < m; r++) {
         for (long i = r * c; i < (r + 1) * c; i += 16)
             _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(hidden + i), _mm512_loadu_ps(out + i)));
         norm_row(out + r * c, l->norm_mlp, l->eps_mlp, r, &l->gate_up, at.in + r * c, &given);
     }
-    team_multiply(&l->gate_up, &given, m, at.out);
+    team_wait(all);
+    team_multiply(&l->gate_up, &given, m, at.out, all);
     given = inputs_in(at.beside, at.in, m, &l->down);
-#pragma omp for schedule(static)
-    for (long r = 0; r < m; r++) {
+#pragma omp for schedule(static) nowait
+    for (long j = 0; j < m * given.groups; j++) {
+        const long r = j / given.groups, n = j % given.groups;
         const float *gate = at.out + r * 2 * f, *up = gate + f;
-        for (long i = 0; i < f; i += 16) {
+        for (long i = n * l->down.group; i < f && i < (n + 1) * l->down.group; i += 16) {
             __m512 x = _mm512_loadu_ps(gate + i);
             __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
             _mm512_storeu_ps(at.in + r * f + i, _mm512_mul_ps(_mm512_div_ps(x, below), _mm512_loadu_ps(up + i)));
         }
-        prepare_row(&l->down, &given, r);
+        prepare_group(&l->down, &given, r, n);
     }
-    team_multiply(&l->down, &given, m, at.out);
-#pragma omp for schedule(static)
+    team_wait(all);
+    team_multiply(&l->down, &given, m, at.out, all);
+#pragma omp for schedule(static) nowait
     for (long i = 0; i < m * c; i += 16)
         _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(at.out + i)));
+    team_wait(all);
 }
 
 /* What one head of a layer remembers of all rows, as workers.mechanisms.lean_rows.Memory lays it out. */
@@ -193,10 +198,10 @@ static attention attention_of(long d) {
  * some: [H] of this layer; scores: [threads, stride].
  */
 static void team_attend(const layer *l, const memory *some, const float *heads, long m, float scale, float *scores, long stride,
-                        float *mixed) {
+                        float *mixed, meeting *all) {
     const long d = l->width, kept = l->qkv.n / d - l->turned, queries = l->turned - kept;
     const attention attend = attention_of(d);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long i = 0; i < m * kept; i++) {
         const memory *at = some + i % kept;
         const float *key = heads + i / kept * l->qkv.n + (queries + i % kept) * d;
@@ -204,13 +209,15 @@ static void team_attend(const layer *l, const memory *some, const float *heads, 
         memcpy(at->keys + place, key, d * sizeof(float));
         memcpy(at->values + place, key + kept * d, d * sizeof(float));
     }
-#pragma omp for schedule(static)
+    team_wait(all);
+#pragma omp for schedule(static) nowait
     for (long i = 0; i < m * queries; i++) {
         long r = i / queries, head = i % queries;
         const memory *at = some + head / (queries / kept);
         attend(heads + r * l->qkv.n + head * d, at->keys + r * at->row, at->values + r * at->row, at->length + 1, scale,
                scores + omp_get_thread_num() * stride, mixed + (r * queries + head) * d);
     }
+    team_wait(all);
 }
 
 int knows_width(long d) { return attention_of(d) != NULL; }
@@ -231,14 +238,15 @@ int through(const layer *const *layers, long count, const memory *memories, cons
         return 1;
     }
     float *mixed = between_layers, *other = mixed + m * mixed_width, *scores = other + m * c;
+    meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {
         const float *in = hidden;
         for (long i = 0; i < count; i++) {
             float *to = (count - i) % 2 ? out : other; /* the last one is `out` */
-            team_before(layers[i], in, cosines, sines, m, heads, at);
-            team_attend(layers[i], memories + i * kept, heads, m, (float)scales[i], scores, stride, mixed);
-            team_after(layers[i], mixed, in, m, to, at);
+            team_before(layers[i], in, cosines, sines, m, heads, at, &all);
+            team_attend(layers[i], memories + i * kept, heads, m, (float)scales[i], scores, stride, mixed, &all);
+            team_after(layers[i], mixed, in, m, to, at, &all);
             in = to;
         }
     }
@@ -257,10 +265,11 @@ int between(const layer *last, const layer *next, const float *mixed, const floa
     const layer *some[2] = {last, next};
     room at = room_for(m, some, 2);
     if (!at.in) return 1;
+    meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {
-        if (last) team_after(last, mixed, hidden, m, out, at);
-        if (next) team_before(next, last ? out : hidden, cosines, sines, m, heads, at);
+        if (last) team_after(last, mixed, hidden, m, out, at, &all);
+        if (next) team_before(next, last ? out : hidden, cosines, sines, m, heads, at, &all);
     }
     free(at.in);
     return 0;

@@ -6,10 +6,11 @@ int product(const map *w, const float *x, long m, float *y, int threads) {
     void *room = malloc(inputs_bytes(w, m));
     if (!room) return 1;
     inputs given = inputs_in(room, x, m, w);
+    meeting all = {0};
 #pragma omp parallel num_threads(threads) if (w->n * w->k > SMALL)
     {
-        team_prepare(w, &given, m);
-        team_multiply(w, &given, m, y);
+        team_prepare(w, &given, m, &all);
+        team_multiply(w, &given, m, y, &all);
     }
     free(room);
     return 0;

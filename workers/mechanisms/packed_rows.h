@@ -5,12 +5,14 @@
  * Each output row of each input row is summed in one fixed order, whatever the number of input rows and of threads.
  *
  * Functions whose name begins with team_ are called by every thread of a parallel region, share the work and wait for each other
- * at their end.
+ * at their end: all with the same `meeting`, which begins as zeros.
  *
  * Shapes: m input rows, N output rows, N' those with padding, K inputs, g group, P planes: bytes of an input.
  */
 #pragma once
 #include <math.h>
+#include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,9 +24,28 @@
 #define BLOCK 64       /* rows of one packed block of 4-bit codes */
 #define HALF 32        /* bytes that hold one input's codes of a block */
 #define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; of two bytes, half as many */
-#define AHEAD 8192     /* bytes of codes that are asked for before they are needed */
+#define AHEAD 8192     /* bytes of codes that are asked for before they are needed, into the second cache: the first has few places to wait */
 #define ROWS_AHEAD 8    /* the same of 8-bit codes, in rows */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
+#define PATIENCE 20000 /* looks at the others before another program may go first */
+
+/* Where the threads of a team wait for each other. There are a dozen such places in a layer, and OpenMP's own takes half a
+ * microsecond. */
+typedef struct {
+    _Alignas(64) int arrived;
+    _Alignas(64) int round;
+} meeting;
+
+static void team_wait(meeting *at) {
+    const int round = __atomic_load_n(&at->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&at->arrived, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
+        __atomic_store_n(&at->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&at->round, round + 1, __ATOMIC_RELEASE);
+    } else {
+        for (long tries = 0; __atomic_load_n(&at->round, __ATOMIC_ACQUIRE) == round; tries++)
+            if (tries > PATIENCE) sched_yield(); /* there may be fewer processors than threads */
+    }
+}
 
 /* A linear map without bias, as workers.mechanisms.packed_rows.PackedMap lays it out. */
 typedef struct {
@@ -43,7 +64,8 @@ typedef struct {
     long groups;
     long gap;          /* m K, from one plane to the next */
     float *scales;     /* [m, groups] */
-    int32_t *sums;     /* [m, groups] of the rounded inputs */
+    float *totals;     /* [m, groups] of the rounded inputs */
+    int32_t *sums;     /* [m, groups] of their codes */
     int8_t *codes;     /* [P, m, K]; an input of two planes is 256 times its first byte plus its second */
 } inputs;
 
@@ -51,51 +73,58 @@ static long groups_of(const map *w) { return (w->k + w->group - 1) / w->group; }
 
 /* Bytes beside the rows, and more, so that reading a whole vector at the end is allowed. */
 static size_t inputs_bytes(const map *w, long m) {
-    return m * groups_of(w) * (sizeof(float) + sizeof(int32_t)) + w->planes * m * w->k + BLOCK;
+    return m * groups_of(w) * (2 * sizeof(float) + sizeof(int32_t)) + w->planes * m * w->k + BLOCK;
 }
 
 static inputs inputs_in(void *room, const float *rows, long m, const map *w) {
     long groups = groups_of(w);
-    float *scales = room;
-    int32_t *sums = (int32_t *)(scales + m * groups);
-    return (inputs){rows, groups, m * w->k, scales, sums, (int8_t *)(sums + m * groups)};
+    float *scales = room, *totals = scales + m * groups;
+    int32_t *sums = (int32_t *)(totals + m * groups);
+    return (inputs){rows, groups, m * w->k, scales, totals, sums, (int8_t *)(sums + m * groups)};
 }
 
-/* Round row r by group of g, the last one as long as is left; K and g are multiples of 16. */
-static void prepare_row(const map *w, const inputs *to, long r) {
+/* Round group n of row r; K and g are multiples of 16, the last group is as long as is left. */
+static void prepare_group(const map *w, const inputs *to, long r, long n) {
     const float top = w->planes == 2 ? 127 * 256 + 127 : 127; /* the largest whose first byte is no more than 127 */
     const float *from = to->rows + r * w->k;
     int8_t *codes = to->codes + r * w->k;
-    for (long n = 0; n < to->groups; n++) {
-        long start = n * w->group, stop = start + w->group < w->k ? start + w->group : w->k;
-        __m512 most = _mm512_setzero_ps();
-        int none = 0; /* some input is not a number: nor shall any output be */
-        for (long i = start; i < stop; i += 16) {
-            __m512 some = _mm512_abs_ps(_mm512_loadu_ps(from + i));
-            none |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
-            most = _mm512_max_ps(most, some);
-        }
-        float largest = none ? NAN : _mm512_reduce_max_ps(most);
-        __m512 times = _mm512_set1_ps(largest > 0 ? top / largest : 0.0f);
-        __m512i sum = _mm512_setzero_si512();
-        for (long i = start; i < stop; i += 16) {
-            __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), times));
-            sum = _mm512_add_epi32(sum, code);
-            if (w->planes == 2) {
-                __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
-                _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtsepi32_epi8(high));
-                code = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
-            }
-            _mm_storeu_si128((__m128i *)(codes + (w->planes - 1) * to->gap + i), _mm512_cvtsepi32_epi8(code));
-        }
-        to->scales[r * to->groups + n] = largest / top;
-        to->sums[r * to->groups + n] = _mm512_reduce_add_epi32(sum);
+    const long start = n * w->group, stop = start + w->group < w->k ? start + w->group : w->k;
+    __m512 most = _mm512_setzero_ps();
+    int none = 0; /* some input is not a number: nor shall any output be */
+    for (long i = start; i < stop; i += 16) {
+        __m512 some = _mm512_abs_ps(_mm512_loadu_ps(from + i));
+        none |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, some);
     }
+    float largest = none ? NAN : _mm512_reduce_max_ps(most);
+    __m512 times = _mm512_set1_ps(largest > 0 ? top / largest : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
+    for (long i = start; i < stop; i += 16) {
+        __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), times));
+        sum = _mm512_add_epi32(sum, code);
+        if (w->planes == 2) {
+            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtsepi32_epi8(high));
+            code = _mm512_sub_epi32(code, _mm512_slli_epi32(high, 8));
+        }
+        _mm_storeu_si128((__m128i *)(codes + (w->planes - 1) * to->gap + i), _mm512_cvtsepi32_epi8(code));
+    }
+    const long at = r * to->groups + n;
+    to->scales[at] = largest / top;
+    to->sums[at] = _mm512_reduce_add_epi32(sum);
+    to->totals[at] = (float)to->sums[at] * to->scales[at];
 }
 
-static void team_prepare(const map *w, const inputs *to, long m) {
-#pragma omp for schedule(static)
-    for (long r = 0; r < m; r++) prepare_row(w, to, r);
+static void team_prepare(const map *w, const inputs *to, long m, meeting *at) {
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < m * to->groups; i++) prepare_group(w, to, i / to->groups, i % to->groups);
+    team_wait(at);
+}
+
+/* Four products of unsigned with signed bytes more in each sum. Written as the instruction: GCC copies every sum around its own. */
+static inline __m512i add_products(__m512i sum, __m512i bytes, __m512i signed_bytes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+    return sum;
 }
 
 /* A sum of products of inputs of one or two planes, from the sums of each plane. */
@@ -126,33 +155,34 @@ static inline __m512i joined(const __m512i *planes, int count) {
                         lower[r][j][p] = _mm512_set1_epi32(p == PLANES - 1 ? -8 * inputs : 0);                                 \
                     }                                                                                                          \
             }                                                                                                                  \
+            _Pragma("GCC unroll 2")                                                                                            \
             for (long i = g * group; i < (g + 1) * group; i += 4) {                                                            \
                 const uint8_t *at = packed + i * HALF;                                                                         \
-                _mm_prefetch(at + AHEAD, _MM_HINT_T0);                                                                         \
-                _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);                                                                    \
+                _mm_prefetch(at + AHEAD, _MM_HINT_T1);                                                                         \
+                _mm_prefetch(at + AHEAD + 64, _MM_HINT_T1);                                                                    \
                 for (int j = 0; j < 2; j++) {                                                                                  \
                     __m512i code = _mm512_loadu_si512(at + 64 * j), low = _mm512_and_si512(code, nibble);                      \
                     for (int r = 0; r < ROWS; r++)                                                                             \
                         for (int p = 0; p < PLANES; p++) {                                                                     \
                             int32_t four;                                                                                      \
                             memcpy(&four, x->codes + p * x->gap + (row + r) * k + i, 4);                                       \
-                            both[r][j][p] = _mm512_dpbusd_epi32(both[r][j][p], code, _mm512_set1_epi32(four));                 \
-                            lower[r][j][p] = _mm512_dpbusd_epi32(lower[r][j][p], low, _mm512_set1_epi32(four));                \
+                            both[r][j][p] = add_products(both[r][j][p], code, _mm512_set1_epi32(four));                 \
+                            lower[r][j][p] = add_products(lower[r][j][p], low, _mm512_set1_epi32(four));                \
                         }                                                                                                      \
                 }                                                                                                              \
             }                                                                                                                  \
             for (int j = 0; j < 4; j++) {                                                                                      \
-                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T0);                                                   \
+                _mm_prefetch(grid + (g + 4) * height + 16 * j, _MM_HINT_T1);                                                   \
                 __m512i pair = _mm512_loadu_si512(grid + g * height + 16 * j);                                                 \
                 __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));                                               \
                 __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));                                              \
                 for (int r = 0; r < ROWS; r++) {                                                                               \
                     long at = (row + r) * x->groups + g;                                                                       \
                     __m512i sum = joined(lower[r][j % 2], PLANES);                                                             \
-                    if (j > 1) sum = _mm512_srai_epi32(_mm512_sub_epi32(joined(both[r][j % 2], PLANES), sum), 4);              \
-                    __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x->scales[at]));                       \
-                    total[r][j] = _mm512_fmadd_ps(scale, part, total[r][j]);                                                   \
-                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps((float)x->sums[at] * x->scales[at]), total[r][j]);      \
+                    if (j > 1) sum = _mm512_sub_epi32(joined(both[r][j % 2], PLANES), sum); /* 16 times */                     \
+                    __m512 step = _mm512_set1_ps(j > 1 ? x->scales[at] / 16 : x->scales[at]);                                  \
+                    total[r][j] = _mm512_fmadd_ps(scale, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), step), total[r][j]);           \
+                    total[r][j] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x->totals[at]), total[r][j]);                           \
                 }                                                                                                              \
             }                                                                                                                  \
         }                                                                                                                      \
@@ -195,11 +225,11 @@ typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uin
                         in[r][p] = _mm512_maskz_loadu_epi8(some, x->codes + p * x->gap + (row + r) * k + i);                   \
                 for (int o = 0; o < TOGETHER; o++) {                                                                           \
                     const int8_t *at = codes + (o < outputs ? o : 0) * k + i;                                                  \
-                    _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T0);                                                            \
+                    _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T1);                                                            \
                     __m512i w = i + 64 > k ? _mm512_maskz_loadu_epi8(last, at) : _mm512_loadu_si512(at);                       \
                     w = _mm512_xor_si512(w, middle);                                                                           \
                     for (int r = 0; r < ROWS; r++)                                                                             \
-                        for (int p = 0; p < PLANES; p++) dot[r][o][p] = _mm512_dpbusd_epi32(dot[r][o][p], w, in[r][p]);        \
+                        for (int p = 0; p < PLANES; p++) dot[r][o][p] = add_products(dot[r][o][p], w, in[r][p]);        \
                 }                                                                                                              \
             }                                                                                                                  \
             for (int r = 0; r < ROWS; r++) {                                                                                   \
@@ -239,14 +269,14 @@ static float widened(uint16_t bfloat) {
     return value;
 }
 
-static void team_multiply_4(const map *w, const inputs *x, long m, float *y) {
+static void team_multiply_4(const map *w, const inputs *x, long m, float *y, meeting *at) {
     const four_bits kernels[2][TOGETHER] = {{int4_block_1, int4_block_2, int4_block_3, int4_block_4},
                                             {wide4_block_1, wide4_block_2}};
     const four_bits *run = kernels[w->planes - 1];
     const long together = TOGETHER / w->planes;
     const uint8_t *packed = w->codes;
     const uint32_t *grid = w->scales; /* a pair each */
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long block = 0; block < w->height / BLOCK; block++)
         for (long r = 0; r < m; r += together) {
             int rows = (int)(m - r < together ? m - r : together);
@@ -256,16 +286,17 @@ static void team_multiply_4(const map *w, const inputs *x, long m, float *y) {
             for (int i = 0; i < rows && left > 0; i++)
                 memcpy(y + (r + i) * w->n + block * BLOCK, out[i], sizeof(float) * (left < BLOCK ? left : BLOCK));
         }
+    team_wait(at);
 }
 
-static void team_multiply_8(const map *w, const inputs *x, long m, float *y) {
+static void team_multiply_8(const map *w, const inputs *x, long m, float *y, meeting *at) {
     const eight_bits kernels[2][TOGETHER] = {{int8_rows_1, int8_rows_2, int8_rows_3, int8_rows_4},
                                              {wide8_rows_1, wide8_rows_2}};
     const eight_bits *run = kernels[w->planes - 1];
     const long together = TOGETHER / w->planes;
     const int8_t *codes = w->codes;
     const uint16_t *scales = w->scales;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long first = 0; first < w->n; first += TOGETHER) {
         int outputs = w->n - first < TOGETHER ? (int)(w->n - first) : TOGETHER;
         for (long r = 0; r < m; r += together) {
@@ -279,10 +310,11 @@ static void team_multiply_8(const map *w, const inputs *x, long m, float *y) {
             }
         }
     }
+    team_wait(at);
 }
 
 /* x -> y [m, N] */
-static void team_multiply(const map *w, const inputs *x, long m, float *y) {
-    (w->bits == 4 ? team_multiply_4 : team_multiply_8)(w, x, m, y);
+static void team_multiply(const map *w, const inputs *x, long m, float *y, meeting *at) {
+    (w->bits == 4 ? team_multiply_4 : team_multiply_8)(w, x, m, y, at);
 }
 #endif
