@@ -17,7 +17,7 @@ from workers.lanes import Lane
 from workers.workloads.base import ItemContext
 from workers.workloads.registry import make_workload
 
-PAIRS = 12
+PAIRS = 36
 WARM_UP = 2  # texts of ours that do not count
 
 
