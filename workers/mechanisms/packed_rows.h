@@ -23,14 +23,15 @@
 
 #define BLOCK 64       /* rows of one packed block of 4-bit codes */
 #define HALF 32        /* bytes that hold one input's codes of a block */
-#define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; of two bytes, half as many */
-#define AHEAD 8192     /* bytes of codes that are asked for before they are needed, into the second cache: the first has few places to wait */
-#define ROWS_AHEAD 8    /* the same of 8-bit codes, in rows */
+#define TOGETHER 4     /* input rows that share one pass over the weights, where a byte holds each input; else half as many */
+#define AHEAD 8192     /* bytes of 4-bit codes asked for before they are needed, into the second cache: in the first few can wait */
+#define ROWS_AHEAD 8   /* rows of 8-bit codes asked for before they are needed, into the first cache, which is faster for them */
 #define SMALL 65536    /* weights of a map that is not worth waking the other threads for */
 #define PATIENCE 20000 /* looks at the others before another program may go first */
 
-/* Where the threads of a team wait for each other. There are a dozen such places in a layer, and OpenMP's own takes half a
- * microsecond. */
+/* Where the threads of a team wait for each other. There are a dozen such places in a layer, and a barrier of OpenMP takes half a
+ * microsecond.
+ */
 typedef struct {
     _Alignas(64) int arrived;
     _Alignas(64) int round;
@@ -54,7 +55,7 @@ typedef struct {
     int64_t group;       /* inputs that share a scale; a multiple of 16, beside weights of 8 bits of 64 */
     int64_t height;      /* N' of 4 bits */
     int64_t planes;      /* bytes that an input is rounded to, by group: 1 or 2 */
-    const void *codes;   /* 4: uint8 [N'/64, K/4, 32, 4], byte i of four inputs holds the codes of rows i (low half) and i + 32; 8: int8 [N, K] */
+    const void *codes;   /* 4: uint8 [N'/64, K/4, 32, 4], byte i of an input holds rows i (low half) and i + 32; 8: int8 [N, K] */
     const void *scales;  /* 4: bfloat16 [K/g, N', 2] (scale, zero); 8: bfloat16 [N] */
 } map;
 
@@ -121,7 +122,7 @@ static void team_prepare(const map *w, const inputs *to, long m, meeting *at) {
     team_wait(at);
 }
 
-/* Four products of unsigned with signed bytes more in each sum. Written as the instruction: GCC copies every sum around its own. */
+/* Four products of unsigned with signed bytes more in each sum. As an instruction: GCC copies every sum around its own form. */
 static inline __m512i add_products(__m512i sum, __m512i bytes, __m512i signed_bytes) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
     return sum;
@@ -205,7 +206,7 @@ typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uin
 #define INT8_ROWS(NAME, ROWS, PLANES)                                                                                          \
     static void NAME(const inputs *x, long row, long k, const int8_t *codes, long group, int outputs, __m512 out[][TOGETHER]) {\
         const __m512i middle = _mm512_set1_epi8((char)0x80);                                                                   \
-        const __mmask64 last = ~(__mmask64)0 >> -k % 64;                                                                       \
+        const __mmask64 last = ~(__mmask64)0 >> (64 - k % 64) % 64;                                                            \
         __m512 total[ROWS][TOGETHER];                                                                                          \
         for (int r = 0; r < ROWS; r++)                                                                                         \
             for (int o = 0; o < TOGETHER; o++) total[r][o] = _mm512_setzero_ps();                                              \
@@ -225,11 +226,11 @@ typedef void (*four_bits)(const inputs *, long, long, const uint8_t *, const uin
                         in[r][p] = _mm512_maskz_loadu_epi8(some, x->codes + p * x->gap + (row + r) * k + i);                   \
                 for (int o = 0; o < TOGETHER; o++) {                                                                           \
                     const int8_t *at = codes + (o < outputs ? o : 0) * k + i;                                                  \
-                    _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T1);                                                            \
+                    _mm_prefetch(at + ROWS_AHEAD * k, _MM_HINT_T0);                                                            \
                     __m512i w = i + 64 > k ? _mm512_maskz_loadu_epi8(last, at) : _mm512_loadu_si512(at);                       \
                     w = _mm512_xor_si512(w, middle);                                                                           \
                     for (int r = 0; r < ROWS; r++)                                                                             \
-                        for (int p = 0; p < PLANES; p++) dot[r][o][p] = add_products(dot[r][o][p], w, in[r][p]);        \
+                        for (int p = 0; p < PLANES; p++) dot[r][o][p] = _mm512_dpbusd_epi32(dot[r][o][p], w, in[r][p]);        \
                 }                                                                                                              \
             }                                                                                                                  \
             for (int r = 0; r < ROWS; r++) {                                                                                   \
