@@ -22,7 +22,7 @@ from studio_state.problems import pipeline_problems
 from tests import tiny, tiny_vision
 from tests.methods.drawing import OWN, draw, pipeline_folder, same_pictures
 from tests.methods.driving import attached, folder_for, forced, generate, image_item, make_session, prompt, run_items, tokens
-from tests.sampling import sampled
+from tests.sampling import first, sampled
 from workers.export_model import Request, export
 from workers.host import ModelHost
 from workers.mechanisms.linear import Lookup, Replacement
@@ -64,7 +64,7 @@ def read(session: Session) -> tuple[list[list[int]], torch.Tensor]:
     return tokens(generate(session, [prompt(24)], new=12)), forced(session, prompt(40), prompt(8, seed=5))
 
 
-@pytest.mark.parametrize("name", sampled(LLM_POLICIES, 3))
+@pytest.mark.parametrize("name", sampled(LLM_POLICIES, 5))
 def test_every_weight_policy_is_stored_and_made_again(name: str, tmp_path: Path) -> None:
     cls = discover()[name]
     folder, knobs = folder_for(cls.card), {k: v for k, v in QUICK.items() if k in cls.model_fields}
@@ -100,7 +100,7 @@ STACKS = [
 
 @pytest.mark.parametrize(
     ("folder", "pipeline"),
-    sampled(STACKS, 3, text=lambda case: case[1]),
+    sampled(STACKS, 5, text=lambda case: case[1]),
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_stacks_and_shapes(folder: Any, pipeline: str, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_models_that_see_and_speak(tmp_path: Path) -> None:
     assert (tmp_path / "packed" / "scorer" / "model.safetensors").is_file()  # the model that lies beside it
 
 
-@pytest.mark.parametrize("kind", [OWN, "stable-diffusion", "pixart"])
+@pytest.mark.parametrize("kind", first(2, OWN, "pixart", "stable-diffusion"))
 def test_diffusion_pipelines(kind: str, tmp_path: Path) -> None:
     from tests.tiny_diffusion import BUILDERS
 

@@ -67,6 +67,7 @@ def moved(session: Session, *pipelines: str) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_features_with_outliers_kept_in_floats_lose_less(session: Session) -> None:
     kept, rounded, floats = moved(session, "llm-int8", "llm-int8:threshold=10000", "llm-int8:threshold=0")
     assert 0 < floats < kept < 0.6 * rounded

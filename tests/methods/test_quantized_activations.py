@@ -142,18 +142,6 @@ def test_the_number_of_threads_does_not_change_a_number(format: str, around: typ
 
 
 @KERNEL
-@pytest.mark.parametrize("code", [127, -127])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_largest_sums_beside_8_bits_fit(code: int, sign: float) -> None:
-    module = Int8Linear(torch.full((5, 3 * FINE_GROUP), code, dtype=torch.int8), torch.ones(5, dtype=torch.bfloat16), None)
-    x = torch.full((2, 3 * FINE_GROUP), sign)
-    x[1, ::2] = 0.0
-    exact = x @ module.matrix().T
-    assert (module(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
-    assert (RoundedInput(module)(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
-
-
-@KERNEL
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("around", [RoundedInput, nn.Sequential])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -106,6 +106,9 @@ def test_weights_of_either_layout_become_the_one_this_machine_reads(rows: int, m
     assert (there.packed.ndim, there.product()) == (3, None)
     brought = Int4Linear(here.packed, here.grid, rows, here.bias)
     assert torch.equal(brought.packed, there.packed)
+    for block in (16, 32, 64):  # PyTorch's own layouts, by the processor's instructions
+        other = packing.pack(packing.unpack(here.packed).T, block)
+        assert torch.equal(Int4Linear(other, here.grid, rows, here.bias).packed, there.packed)
     ids = torch.tensor([3, 40, 3, 0])
     for other in (brought, there):
         assert torch.equal(other.matrix(), here.matrix())

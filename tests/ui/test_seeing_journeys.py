@@ -28,6 +28,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     stop(process)
 
 
+@pytest.mark.slow
 def test_an_example_for_images_brings_its_model_and_workload(page: Page, seeing: str) -> None:
     open_studio(page, seeing)
     example(page, "Merge ViT tokens")

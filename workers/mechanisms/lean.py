@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from workers.mechanisms import onednn
 from workers.mechanisms.attention import Forward, attend, forwarding
 from workers.mechanisms.fusing import Fused, fuse, is_hooked
-from workers.mechanisms.lean_rows import HeadRows, LeanRows, head_of, shape_of
+from workers.mechanisms.lean_rows import HeadRows, LeanRows, gather, head_of, packed_maps, shape_of
 from workers.mechanisms.lean_shape import check_outside, is_lean, window
 from workers.mechanisms.linear import DenseLinear
 from workers.session import Session
@@ -202,8 +202,10 @@ class LeanModel:
         names = session.family.parts(model)["layers"]
         layers = [self._layer(session, name, model.get_submodule(name)) for name in names]
         self.lean_layers = sum(not isinstance(x, LibraryLayer) for x in layers)
-        self.layers = native_where_possible(layers)
         head = model.get_output_embeddings()
+        packed = packed_maps([*(m for layer in layers if type(layer) is LeanLayer for m in layer.maps), head])
+        session.once((gather, *packed), lambda: gather(packed))
+        self.layers = native_where_possible(layers)
         self.norm, self.head = Norm(base.norm), direct(head)
         shape = head_of(self.norm, head)
         self.native_head = None if shape is None else HeadRows(shape)

@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, C hidden width, Hq query heads, H key-value heads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_long, c_void_p, pointer
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from workers.mechanisms.attention import Forward, attend
 from workers.mechanisms.cache import HeadGroup, KVLayer
 from workers.mechanisms.fusing import is_hooked
+from workers.mechanisms.large_pages import move_together
 from workers.mechanisms.native import kernels
 from workers.mechanisms.packed_linear import PackedLinear
 from workers.mechanisms.packed_rows import FINE, ROWS, PackedMap, packed_map
@@ -81,6 +82,19 @@ def head_of(norm: Norm, head: nn.Module) -> Shape | None:
     shape = Shape(qkv=found, norm_in=norm.weight.data_ptr(), eps_in=norm.eps)
     shape.kept = [norm.weight, *found.tensors]
     return shape
+
+
+def packed_maps(modules: Iterable[nn.Module]) -> list[PackedLinear]:
+    """The packed weights among these maps that our kernels multiply, without the rounding in front of them."""
+    inner = [module.inner if type(module) is RoundedInput else module for module in modules]
+    return [m for m in inner if isinstance(m, PackedLinear) and packed_map(m.packed_weights()) is not None]
+
+
+def gather(maps: Sequence[PackedLinear]) -> None:
+    """Have these weights one after the other in large pages."""
+    move_together(maps)
+    for each in maps:
+        each.moved()
 
 
 def _kernel_map(module: nn.Module) -> PackedMap | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from workers.mechanisms import packing
 from workers.mechanisms.linear import Lookup, Replacement, bias_of, join_bias, matrix_of
-from workers.mechanisms.packed_rows import Packed, Product, product_of, reads_groups
+from workers.mechanisms.packed_rows import FINE, Packed, Product, product_of, reads_groups
 
 # Above so many input rows unpacking and a float product are faster (measured with AVX-512).
 _INT8_KERNEL_ROWS, _INT4_KERNEL_ROWS = 32, 64
@@ -54,16 +54,24 @@ class PackedLinear(Replacement):
         """The weights as the kernels of our own read them; None where they read no such format."""
         return None
 
-    def product(self) -> Product | None:
-        """Our own product [m, K] -> [m, N] of float32, without bias; None where there is none."""
+    def product(self, input_bits: int = FINE) -> Product | None:
+        """Our own product [m, K] -> [m, N] of float32, without bias; None where there is none.
+
+        Args:
+            input_bits: what goes in is rounded to, by group: 8 or 16.
+        """
         weights = self.packed_weights()
         if weights is None:
             return None
-        kept: tuple[int, Product | None] | None = self.__dict__.get("_product")
-        if kept is None or kept[0] != weights.codes.data_ptr():  # a copy, or moved
-            kept = (weights.codes.data_ptr(), product_of(weights))
+        kept: tuple[int, int, Product | None] | None = self.__dict__.get("_product")
+        if kept is None or kept[:2] != (weights.codes.data_ptr(), input_bits):  # a copy, or moved
+            kept = (weights.codes.data_ptr(), input_bits, product_of(weights, input_bits))
             self.__dict__["_product"] = kept
-        return kept[1]
+        return kept[2]
+
+    def moved(self) -> None:
+        """Let go of where the weights were."""
+        self.__dict__.pop("_product", None)
 
     def matrix(self) -> Tensor:
         """The stored weights as float32 [N, K]."""
@@ -144,7 +152,7 @@ class Int4Linear(PackedLinear):
 
     Args:
         packed: uint8 [N'/64, K/4, 32, 4] (``packing.pack_by_four``, for our kernel) or [N'/B, K, B/2] (``packing.pack``, for that of
-            PyTorch), N' padded rows; laid out anew if it comes from a machine that reads the other one.
+            PyTorch), N' padded rows; laid out anew if it comes from a machine that reads another one.
         grid: bfloat16 [K/g, N', 2] (scale, zero); rows: N; bias: [N].
     """
 
@@ -155,11 +163,11 @@ class Int4Linear(PackedLinear):
         k = 2 * packed.numel() // grid.shape[1]
         super().__init__(k, rows, bias)
         self.group = k // grid.shape[0]
-        if (packed.ndim == 4) != reads_groups(self.group):
+        if packed.shape[2:] != _shape_here(self.group):
             packed = arranged(packing.unpack(packed).T, self.group)
         self.register_buffer("packed", packed)
         self.register_buffer("grid", grid)
-        has_kernel = self.group in packing.KERNEL_GROUPS and (packed.ndim == 4 or 2 * packed.shape[2] == packing.kernel_block())
+        has_kernel = self.group in packing.KERNEL_GROUPS and (packed.ndim == 4 or packing.kernel_block() > 0)
         self.kernel_rows = _INT4_KERNEL_ROWS if has_kernel else 0
 
     bits = 4.0
@@ -239,9 +247,13 @@ class Int4Linear(PackedLinear):
 
 def arranged(codes: Tensor, group: int) -> Tensor:
     """Codes uint8 [N', K] packed in the layout that this machine reads, with so many inputs a scale; N': a multiple of 64."""
-    if reads_groups(group):
-        return packing.pack_by_four(codes)
-    return packing.pack(codes, packing.kernel_block() or packing.BLOCK)
+    half, *by_four = _shape_here(group)
+    return packing.pack_by_four(codes) if by_four else packing.pack(codes, 2 * half)
+
+
+def _shape_here(group: int) -> tuple[int, ...]:
+    """The last dimensions of packed codes in the layout that this machine reads."""
+    return (packing.BLOCK // 2, 4) if reads_groups(group) else ((packing.kernel_block() or packing.BLOCK) // 2,)
 
 
 class BitPlaneLinear(PackedLinear):

@@ -23,7 +23,8 @@ from torch import Tensor
 from workers.mechanisms.native import kernels
 
 FINE = 16  # bits of an input that no policy rounds
-GROUP, FINE_GROUP = 64, 256  # inputs of 8 and 16 bits that share a scale beside 8-bit weights; beside 4-bit ones the weights' group
+GROUP = 64  # inputs that share a scale beside 8-bit weights; beside 4-bit ones it is the weights' own group
+FINE_GROUP = 256  # the same of inputs that no policy rounds
 ROWS = 64  # more input rows are faster as a product of floats
 INT4, INT8 = "native::int4_linear", "native::int8_linear"  # the names that a profiler sees
 _WIDTH = 16  # groups and K are multiples of it

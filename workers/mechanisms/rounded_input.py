@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.mechanisms.linear import Replacement
 from workers.mechanisms.packed_linear import Int4Linear, PackedLinear
-from workers.mechanisms.packed_rows import GROUP, ROWS, product_of
+from workers.mechanisms.packed_rows import GROUP, ROWS, Product
 from workers.mechanisms.scaled_input import TransformedInput
 
 TOP = 127  # codes are -127..127
@@ -48,17 +48,22 @@ class RoundedInput(TransformedInput):
     def __init__(self, inner: Replacement):
         super().__init__(inner)
         self.group = inner.group if isinstance(inner, Int4Linear) else GROUP
-        self.product = product_of(inner.packed_weights() if isinstance(inner, PackedLinear) else None, input_bits=8)
+
+    @property
+    def product(self) -> Product | None:
+        """Our own product of the rounded inputs, without bias; None where there is none."""
+        return self.inner.product(input_bits=8) if isinstance(self.inner, PackedLinear) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        if self.product is None or x.numel() > ROWS * self.in_features or not x.is_cpu:
+        product = self.product if x.is_cpu and x.numel() <= ROWS * self.in_features else None
+        if product is None:
             y: Tensor = self.inner(self.transform(x))
             return y
         if x.dtype == torch.float32 and x.is_contiguous():
-            y = self.product(x)
+            y = product(x)
         else:
-            y = self.product(x.float().contiguous()).to(x.dtype)
+            y = product(x.float().contiguous()).to(x.dtype)
         bias = self._buffers["bias"]
         return y if bias is None else y + bias
 
