@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
 
 import torch
@@ -25,9 +26,10 @@ def test_moved_weights_are_the_same_and_lie_in_order() -> None:
     matrices = [m.matrix() for m in maps]
     gather(maps)
     places = [t.data_ptr() for m in maps for name, t in m.named_buffers() if name != "bias"]
-    assert places == sorted(places)
-    assert places[-1] - places[0] < sum(before) + 64 * len(places)
-    assert all(place % 64 == 0 for place in places)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # else they stay where they are
+        assert places == sorted(places)
+        assert places[-1] - places[0] < sum(before) + 64 * len(places)
+        assert all(place % 64 == 0 for place in places)
     assert [m.nbytes() for m in maps] == before
     for m, matrix, part, y in zip(maps, matrices, x, wanted, strict=True):
         assert torch.equal(m.matrix(), matrix)
