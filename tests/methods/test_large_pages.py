@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from workers.mechanisms.large_pages import move_together
-from workers.mechanisms.lean_rows import gather, packed_maps
+from workers.mechanisms.lean_maps import gather, packed_maps
 from workers.mechanisms.packed_linear import Int4Linear, Int8Linear
 from workers.mechanisms.rounded_input import RoundedInput
 

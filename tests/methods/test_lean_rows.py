@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,14 @@ import torch
 from torch import Tensor
 
 from studio_state.pipeline import parse_pipeline
+from tests import tiny
 from tests.methods.driving import attached, forced, generate, make_session, prefill, prompt, tokens
 from workers.mechanisms import lean_rows, native
 from workers.mechanisms.attention import Forward, attend
 from workers.mechanisms.cache import StudioCache
 from workers.mechanisms.lean import LeanLayer, LeanModel, rotate
 from workers.mechanisms.lean_rows import HeadRows, LeanRows
+from workers.mechanisms.linear import Lookup
 from workers.mechanisms.operator_times import kind_of
 from workers.mechanisms.packed_rows import ROWS
 from workers.methods import effective
@@ -29,9 +33,9 @@ CLOSE = 2e-4  # of the largest: sums of another order make an input of 16 bits o
 
 
 @contextmanager
-def lean_model(pipeline: str) -> Iterator[tuple[Session, LeanModel]]:
+def lean_model(pipeline: str, folder: Path | None = None) -> Iterator[tuple[Session, LeanModel]]:
     """A lean model on the session with these policies."""
-    session = make_session()
+    session = make_session(folder)
     with attached(session, *effective(parse_pipeline(pipeline))):
         yield session, LeanModel(session)
 
@@ -68,10 +72,15 @@ def cached(model: LeanModel, hidden: Tensor, layers: list[Any], **more: int) -> 
 
 @pytest.fixture
 def whole_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one at every call of all layers at once."""
+    """Grows by one at every call of all layers at once, with or without what stands before and behind them."""
     called: list[int] = []
-    known = lean_rows.call_through
-    monkeypatch.setattr(lean_rows, "call_through", lambda *a: (called.append(1), known(*a))[1])
+
+    def counted(known: Callable[..., None], *arguments: Any) -> None:
+        called.append(1)
+        known(*arguments)
+
+    for name in ("call_through", "call_step"):
+        monkeypatch.setattr(lean_rows, name, partial(counted, getattr(lean_rows, name)))
     return called
 
 
@@ -114,6 +123,44 @@ def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
         assert len(whole_steps) == 2 + 3
         for mine, theirs in zip(outs["whole"], outs["called"], strict=True):
             assert (mine - theirs).abs().max() < CLOSE * theirs.abs().max()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("is_tied", [False, True])  # embeddings are plain floats, or codes of the head
+def test_a_step_in_one_call_is_its_parts(pipeline: str, batch: int, is_tied: bool, whole_steps: list[int]) -> None:
+    """Token ids in, logits out, over three steps: bit by bit those of embedding, layers, norm and head one after the other."""
+    folder = tiny.llama_folder("tied", tie_word_embeddings=True) if is_tied else None
+    with lean_model(pipeline, folder) as (_, model):
+        assert model.whole is not None
+        assert isinstance(model.embed, Lookup if is_tied else torch.nn.Embedding)
+        found: dict[str, list[Tensor]] = {"whole": [], "parts": []}
+        for kind, logits in found.items():
+            forward = forward_of(batch, 1, 2, 16, seen=6, reserved=3)
+            for seen in (6, 7, 8):
+                forward.positions, forward.seen = torch.full((batch, 1), seen - 1), seen
+                ids = (torch.arange(batch) * 7 + seen)[:, None]
+                if kind == "whole":
+                    logits.append(model.step(ids, forward))
+                else:
+                    (rows,), head = model.layers, model.native_head
+                    out: Any = rows(model.embed(ids), model.rotary.at(forward.positions, seen), forward)
+                    logits.append(head(out))  # type: ignore[arg-type, misc]
+        assert len(whole_steps) == 3 + 3
+        assert all(torch.equal(a, b) for a, b in zip(found["whole"], found["parts"], strict=True))
+
+
+def test_ids_and_positions_out_of_range_are_told() -> None:
+    with lean_model("rtn:bits=8") as (_, model):
+        forward = forward_of(1, 1, 2, 16, reserved=2)
+        for wrong in (-1, tiny.VOCAB):
+            with pytest.raises(IndexError, match="vocabulary"):
+                model.step(torch.tensor([[wrong]]), forward)
+        for wrong in (-1, 1 << 20):
+            forward.positions = torch.tensor([[wrong]])
+            with pytest.raises(IndexError, match="positions"):
+                model.step(torch.tensor([[1]]), forward)
+        assert forward.cache.layers[0].stored == 5  # nothing was written
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

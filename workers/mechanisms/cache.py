@@ -65,6 +65,11 @@ class HeadGroup:
             return None
         return self.store.room()
 
+    def is_plain(self, keys: Tensor, values: Tensor, length: int) -> bool:
+        """True if there are ``length`` entries in the :meth:`room` that was these keys and values, and nothing follows them."""
+        simple = not (self.tracked or self.padded or self.pages is not None)
+        return simple and isinstance(self.store, FloatStore) and self.store.is_in(keys, values, length)
+
     def wrote(self, positions: Tensor) -> None:
         """The next entry, at ``positions`` [B, 1], was written into :meth:`room`."""
         self.store.wrote()  # type: ignore[attr-defined]

@@ -101,6 +101,10 @@ class FloatStore:
             return None
         return self._keys, self._values
 
+    def is_in(self, keys: Tensor, values: Tensor, length: int) -> bool:
+        """True if these are the tensors that hold the entries, ``length`` of them."""
+        return self._keys is keys and self._values is values and self._length == length
+
     def wrote(self) -> None:
         """The next entry was written into :meth:`room` by someone else."""
         self._length += 1

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from workers.mechanisms import onednn
 from workers.mechanisms.attention import Forward, attend, forwarding
 from workers.mechanisms.fusing import Fused, fuse, is_hooked
-from workers.mechanisms.lean_rows import HeadRows, LeanRows, gather, head_of, packed_maps, shape_of
+from workers.mechanisms.lean_maps import Shape, ends_of, gather, head_of, packed_maps, shape_of
+from workers.mechanisms.lean_rows import HeadRows, LeanRows, LeanStep
 from workers.mechanisms.lean_shape import check_outside, is_lean, window
 from workers.mechanisms.linear import DenseLinear
 from workers.session import Session
@@ -63,12 +64,16 @@ class RotaryTable:
         if not self.fixed:
             cos, sin = self._compute(positions)
         else:
-            if seen > self.cos.shape[0]:
-                length = max(256, 1 << (seen - 1).bit_length())
-                cos, sin = self._compute(torch.arange(length, device=self.like.device)[None])
-                self.cos, self.sin = cos[0], sin[0]
-            cos, sin = self.cos[positions], self.sin[positions]
+            cos, sin = (x[positions] for x in self.table(seen))
         return cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def table(self, seen: int) -> Rotary:
+        """Cosines and signed sines [>= seen, D] of all positions, where they are fixed."""
+        if seen > self.cos.shape[0]:
+            length = max(256, 1 << (seen - 1).bit_length())
+            cos, sin = self._compute(torch.arange(length, device=self.like.device)[None])
+            self.cos, self.sin = cos[0], sin[0]
+        return self.cos, self.sin
 
     def _compute(self, positions: Tensor) -> Rotary:
         cos, sin = self.module(self.like, position_ids=positions)
@@ -209,6 +214,15 @@ class LeanModel:
         self.norm, self.head = Norm(base.norm), direct(head)
         shape = head_of(self.norm, head)
         self.native_head = None if shape is None else HeadRows(shape)
+        self.whole = None if shape is None else self._whole(shape)
+
+    def _whole(self, head: Shape) -> LeanStep | None:
+        """The step in one call; None where some part of the model is not of the kind that the kernel knows."""
+        first = self.layers[0]
+        if len(self.layers) > 1 or not isinstance(first, LeanRows) or not self.rotary.fixed:
+            return None
+        ends = ends_of(self.embed, head)
+        return None if ends is None else LeanStep(first, ends, self.rotary)
 
     def _layer(self, session: Session, name: str, module: Any) -> Layer:
         if not is_lean(module):
@@ -228,6 +242,9 @@ class LeanModel:
 
     def step(self, ids: Tensor, forward: Forward) -> Tensor:
         """Logits [B, T, V] of the next tokens ids [B, T]; replaces the library's forward in the decode path."""
+        logits = None if self.whole is None else self.whole(ids, forward)
+        if logits is not None:
+            return logits
         hidden = self.embed(ids)
         rotary = self.rotary.at(forward.positions, forward.seen)
         for layer in self.layers:

@@ -4,10 +4,11 @@
  *
  * Shapes: m rows, C hidden width, Hq query heads, H key-value heads, D head width, F width of the feed-forward block, S entries.
  */
+#include "lean_attention.h"
 #include "packed_rows.h"
 
 #ifdef INTEGER_PRODUCTS
-/* As workers.mechanisms.lean_rows.Shape lays it out. */
+/* As workers.mechanisms.lean_maps.Shape lays it out. */
 typedef struct {
     map qkv;          /* C -> (Hq + 2 H) D; after the last layer the head, C -> V */
     map out;          /* Hq D -> C */
@@ -19,18 +20,9 @@ typedef struct {
     int64_t turned;   /* Hq + H: heads that rotary embedding turns */
 } layer;
 
-static long most(long a, long b) { return a > b ? a : b; }
+enum { NO_MEMORY = 1, NO_SUCH_TOKEN, NO_SUCH_POSITION }; /* why a call did nothing */
 
-/* e to the x, to about two units in the last place: x = n ln 2 + r, a polynomial of r. */
-static __m512 exponential(__m512 x) {
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    const float parts[] = {1.9875691e-4f, 1.3981999e-3f, 8.3334519e-3f, 4.1665796e-2f, 1.6666665e-1f, 5.0000001e-1f, 1.0f, 1.0f};
-    __m512 sum = _mm512_set1_ps(parts[0]);
-    for (int i = 1; i < 8; i++) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(parts[i]));
-    return _mm512_scalef_ps(sum, n);
-}
+static long most(long a, long b) { return a > b ? a : b; }
 
 /* RMSNorm of one row, ready for the map. */
 static void norm_row(const float *x, const float *weight, double eps, long r, const map *w, float *normed, const inputs *to) {
@@ -65,12 +57,14 @@ typedef struct {
     void *beside;
 } room;
 
-static room room_for(long m, const layer *const *some, long count) {
+/* head: NULL = there is none. */
+static room room_for(long m, const layer *const *some, long count, const layer *head) {
     long widest_in = 0, widest_out = 0;
     size_t bytes = 0;
-    for (long i = 0; i < count; i++) {
-        if (!some[i]) continue;
-        const map *maps[] = {&some[i]->qkv, &some[i]->out, &some[i]->gate_up, &some[i]->down};
+    for (long i = 0; i <= count; i++) {
+        const layer *one = i < count ? some[i] : head;
+        if (!one) continue;
+        const map *maps[] = {&one->qkv, &one->out, &one->gate_up, &one->down};
         for (int j = 0; j < 4; j++) {
             if (!maps[j]->codes) continue;
             widest_in = most(widest_in, maps[j]->k);
@@ -135,64 +129,6 @@ static void team_after(const layer *l, const float *mixed, const float *hidden, 
     team_wait(all);
 }
 
-/* What one head of a layer remembers of all rows, as workers.mechanisms.lean_rows.Memory lays it out. */
-typedef struct {
-    float *keys, *values; /* [S, D] of the first row */
-    int64_t row;          /* numbers from one row to the next */
-    int64_t length;       /* S, without the new entry */
-} memory;
-
-/* Attention of a query [D] to keys and values [S, D] -> out [D], D = 16 PARTS; scores: room for S + 16. */
-#define ATTEND(NAME, PARTS)                                                                                                   \
-    static void NAME(const float *query, const float *keys, const float *values, long s, float scale, float *scores, float *out) { \
-        const long d = 16 * PARTS;                                                                                            \
-        __m512 q[PARTS], even[PARTS], odd[PARTS], highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();             \
-        for (int c = 0; c < PARTS; c++) {                                                                                     \
-            q[c] = _mm512_mul_ps(_mm512_loadu_ps(query + 16 * c), _mm512_set1_ps(scale));                                     \
-            even[c] = odd[c] = _mm512_setzero_ps();                                                                           \
-        }                                                                                                                     \
-        for (long j = 0; j < s; j += 4) {                                                                                     \
-            __m512 dot[4];                                                                                                    \
-            for (int i = 0; i < 4; i++) {                                                                                     \
-                const float *key = keys + (j + i < s ? j + i : j) * d;                                                        \
-                dot[i] = _mm512_mul_ps(q[0], _mm512_loadu_ps(key));                                                           \
-                for (int c = 1; c < PARTS; c++) dot[i] = _mm512_fmadd_ps(q[c], _mm512_loadu_ps(key + 16 * c), dot[i]);        \
-            }                                                                                                                 \
-            _mm_storeu_ps(scores + j, four_sums(dot[0], dot[1], dot[2], dot[3]));                                             \
-        }                                                                                                                     \
-        for (long j = s; j < s + 16; j++) scores[j] = -INFINITY;                                                              \
-        for (long j = 0; j < s; j += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j));                       \
-        highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));                                                              \
-        for (long j = 0; j < s; j += 16) {                                                                                    \
-            __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + j), highest));                                 \
-            sum = _mm512_add_ps(sum, weight);                                                                                 \
-            _mm512_storeu_ps(scores + j, weight);                                                                             \
-        }                                                                                                                     \
-        for (long j = 0; j < s; j += 2) {                                                                                     \
-            const float *value = values + j * d, *next = j + 1 < s ? value + d : value; /* its weight is 0 behind the end */  \
-            __m512 one = _mm512_set1_ps(scores[j]), two = _mm512_set1_ps(scores[j + 1]);                                      \
-            for (int c = 0; c < PARTS; c++) {                                                                                 \
-                even[c] = _mm512_fmadd_ps(one, _mm512_loadu_ps(value + 16 * c), even[c]);                                     \
-                odd[c] = _mm512_fmadd_ps(two, _mm512_loadu_ps(next + 16 * c), odd[c]);                                        \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));                                                      \
-        for (int c = 0; c < PARTS; c++) _mm512_storeu_ps(out + 16 * c, _mm512_mul_ps(_mm512_add_ps(even[c], odd[c]), share)); \
-    }
-
-ATTEND(attend_16, 1)
-ATTEND(attend_32, 2)
-ATTEND(attend_64, 4)
-ATTEND(attend_96, 6)
-ATTEND(attend_128, 8)
-
-typedef void (*attention)(const float *, const float *, const float *, long, float, float *, float *);
-
-/* NULL: of no width that is known here. */
-static attention attention_of(long d) {
-    return d == 16 ? attend_16 : d == 32 ? attend_32 : d == 64 ? attend_64 : d == 96 ? attend_96 : d == 128 ? attend_128 : NULL;
-}
-
 /* Keys and values of heads [m, Hq + 2 H, D] become the newest entries; then every query attends: mixed [m, Hq D].
  *
  * some: [H] of this layer; scores: [threads, stride].
@@ -222,36 +158,109 @@ static void team_attend(const layer *l, const memory *some, const float *heads, 
 
 int knows_width(long d) { return attention_of(d) != NULL; }
 
-/* All of some layers of one shape, of a known width, for m rows of one new token each: hidden [m, C] -> out [m, C]. The new entries are written behind
- * those of the memories [count, H]; scales: of the logits, [count]; heads: as in `between`, to work in. Not 0: no memory. */
-int through(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
-            const float *cosines, const float *sines, long m, float *out, float *heads, int threads) {
-    const long d = layers[0]->width, kept = layers[0]->qkv.n / d - layers[0]->turned, c = layers[0]->qkv.k;
+/* To work in where layers are whole: heads [m, (Hq + 2 H) D], mixed [m, Hq D], states [4, m, C], angles [2, m, D] and scores
+ * [threads, stride].
+ */
+typedef struct {
+    room at;
+    float *heads, *mixed, *states, *angles, *scores;
+    long stride;
+} workshop;
+
+/* Its `at.in` is NULL where there is no memory. */
+static workshop workshop_for(const layer *const *layers, long count, const layer *head, const memory *memories, long m, int threads) {
+    const long d = layers[0]->width, wide = layers[0]->qkv.n, kept = wide / d - layers[0]->turned, c = layers[0]->qkv.k;
+    const long mixed = (layers[0]->turned - kept) * d;
     long longest = 0;
     for (long i = 0; i < count * kept; i++) longest = most(longest, memories[i].length);
-    const long stride = longest + 1 + 2 * BLOCK, mixed_width = (layers[0]->turned - kept) * d;
-    room at = {0};
-    float *between_layers = malloc((m * (mixed_width + c) + threads * stride) * sizeof(float));
-    if (between_layers) at = room_for(m, layers, count);
-    if (!at.in) {
-        free(between_layers);
-        return 1;
+    workshop made = {.stride = longest + 1 + 2 * BLOCK};
+    made.heads = malloc((m * (wide + mixed + 4 * c + 2 * d) + threads * made.stride) * sizeof(float));
+    if (!made.heads) return made;
+    made.mixed = made.heads + m * wide;
+    made.states = made.mixed + m * mixed;
+    made.angles = made.states + 4 * m * c;
+    made.scores = made.angles + 2 * m * d;
+    made.at = room_for(m, layers, count, head);
+    if (!made.at.in) free(made.heads);
+    return made;
+}
+
+static void leave(const workshop *done) {
+    free(done->at.in);
+    free(done->heads);
+}
+
+/* Layers one after the other: hidden [m, C] -> out [m, C]; the first two of the states are in use. */
+static void team_layers(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
+                        const float *cosines, const float *sines, long m, float *out, const workshop *in, meeting *all) {
+    const long kept = layers[0]->qkv.n / layers[0]->width - layers[0]->turned, c = layers[0]->qkv.k;
+    for (long i = 0; i < count; i++) {
+        float *to = i == count - 1 ? out : in->states + i % 2 * m * c;
+        team_before(layers[i], hidden, cosines, sines, m, in->heads, in->at, all);
+        team_attend(layers[i], memories + i * kept, in->heads, m, (float)scales[i], in->scores, in->stride, in->mixed, all);
+        team_after(layers[i], in->mixed, hidden, m, to, in->at, all);
+        hidden = to;
     }
-    float *mixed = between_layers, *other = mixed + m * mixed_width, *scores = other + m * c;
+}
+
+/* All of some layers of one shape, of a known width, for m rows of one new token each: hidden [m, C] -> out [m, C]. The new entries
+ * are written behind those of the memories [count, H]; scales: of the logits, [count]; cosines, sines: [m, D]. Not 0: no memory.
+ */
+int through(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
+            const float *cosines, const float *sines, long m, float *out, int threads) {
+    const workshop in = workshop_for(layers, count, NULL, memories, m, threads);
+    if (!in.at.in) return NO_MEMORY;
+    meeting all = {0};
+#pragma omp parallel num_threads(threads)
+    team_layers(layers, count, memories, scales, hidden, cosines, sines, m, out, &in, &all);
+    leave(&in);
+    return 0;
+}
+
+/* What stands before and behind the layers of a model, as workers.mechanisms.lean_maps.Ends lays it out. */
+typedef struct {
+    const float *rows;            /* embeddings [V, C]; NULL: */
+    const int8_t *codes;          /* in 8 bits [V, C] */
+    const uint16_t *scales;       /* bfloat16 [V] */
+    int64_t vocabulary;           /* V */
+    const float *cosines, *sines; /* [positions, D] */
+    int64_t positions;
+    layer head;
+} ends;
+
+static void embed(const ends *by, int64_t id, long c, float *to) {
+    if (by->rows) {
+        memcpy(to, by->rows + id * c, c * sizeof(float));
+        return;
+    }
+    const int8_t *codes = by->codes + id * c;
+    const float scale = widened(by->scales[id]);
+    for (long i = 0; i < c; i++) to[i] = (float)codes[i] * scale;
+}
+
+/* As `through`, from token ids [m] at positions [m] to logits [m, V]. Not 0: why nothing was done. */
+int step(const layer *const *layers, long count, const memory *memories, const double *scales, const ends *around, const int64_t *ids,
+         const int64_t *positions, long m, float *logits, int threads) {
+    const long c = layers[0]->qkv.k, d = layers[0]->width;
+    for (long r = 0; r < m; r++) {
+        if (ids[r] < 0 || ids[r] >= around->vocabulary) return NO_SUCH_TOKEN;
+        if (positions[r] < 0 || positions[r] >= around->positions) return NO_SUCH_POSITION;
+    }
+    const workshop in = workshop_for(layers, count, &around->head, memories, m, threads);
+    if (!in.at.in) return NO_MEMORY;
+    float *hidden = in.states + 2 * m * c, *last = hidden + m * c, *cosines = in.angles, *sines = cosines + m * d;
+    for (long r = 0; r < m; r++) {
+        embed(around, ids[r], c, hidden + r * c);
+        memcpy(cosines + r * d, around->cosines + positions[r] * d, d * sizeof(float));
+        memcpy(sines + r * d, around->sines + positions[r] * d, d * sizeof(float));
+    }
     meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {
-        const float *in = hidden;
-        for (long i = 0; i < count; i++) {
-            float *to = (count - i) % 2 ? out : other; /* the last one is `out` */
-            team_before(layers[i], in, cosines, sines, m, heads, at, &all);
-            team_attend(layers[i], memories + i * kept, heads, m, (float)scales[i], scores, stride, mixed, &all);
-            team_after(layers[i], mixed, in, m, to, at, &all);
-            in = to;
-        }
+        team_layers(layers, count, memories, scales, hidden, cosines, sines, m, last, &in, &all);
+        team_before(&around->head, last, NULL, NULL, m, logits, in.at, &all);
     }
-    free(at.in);
-    free(between_layers);
+    leave(&in);
     return 0;
 }
 
@@ -263,8 +272,8 @@ int through(const layer *const *layers, long count, const memory *memories, cons
 int between(const layer *last, const layer *next, const float *mixed, const float *hidden, const float *cosines, const float *sines,
             long m, float *out, float *heads, int threads) {
     const layer *some[2] = {last, next};
-    room at = room_for(m, some, 2);
-    if (!at.in) return 1;
+    const room at = room_for(m, some, 2, NULL);
+    if (!at.in) return NO_MEMORY;
     meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {

@@ -10,159 +10,30 @@ Shapes: B batch, T new tokens, C hidden width, Hq query heads, H key-value heads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_long, c_void_p, pointer
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_double, c_int, c_long, c_void_p, pointer
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.mechanisms.attention import Forward, attend
-from workers.mechanisms.cache import HeadGroup, KVLayer
-from workers.mechanisms.fusing import is_hooked
-from workers.mechanisms.large_pages import move_together
+from workers.mechanisms.lean_maps import Ends, Shape
+from workers.mechanisms.lean_memory import Memories, is_row
 from workers.mechanisms.native import kernels
-from workers.mechanisms.packed_linear import PackedLinear
-from workers.mechanisms.packed_rows import FINE, ROWS, PackedMap, packed_map
-from workers.mechanisms.rounded_input import RoundedInput
+from workers.mechanisms.packed_rows import ROWS
 
 if TYPE_CHECKING:
-    from workers.mechanisms.lean import LeanLayer, Norm, Rotary
+    from workers.mechanisms.lean import LeanLayer, Rotary, RotaryTable
 
 NAME = "native::linear_rows"  # what a profiler sees
-
-
-class Shape(Structure):
-    """A layer as the kernel sees it (``layer`` in lean_rows.c); of the head only the first map and norm are set.
-
-    Attributes:
-        kept: tensors that it points into.
-    """
-
-    kept: list[Tensor]
-    _fields_ = (
-        ("qkv", PackedMap),
-        ("out", PackedMap),
-        ("gate_up", PackedMap),
-        ("down", PackedMap),
-        ("norm_in", c_void_p),
-        ("norm_mlp", c_void_p),
-        ("eps_in", c_double),
-        ("eps_mlp", c_double),
-        ("width", c_int64),
-        ("turned", c_int64),
-    )
-
-
-def shape_of(layer: LeanLayer) -> Shape | None:
-    """The layer for the kernel; None where one of its parts is not of the kind that the kernel knows."""
-    maps = [_kernel_map(module) for module in layer.maps]
-    norms = (layer.norm_in, layer.norm_mlp)
-    if any(m is None for m in maps) or not all(map(_is_plain, norms)) or layer.head_norm is not None or layer.width % 2:
-        return None
-    found: list[Any] = maps
-    shape = Shape(
-        *found,
-        *(norm.weight.data_ptr() for norm in norms),
-        *(norm.eps for norm in norms),
-        layer.width,
-        layer.query_heads + layer.kv_heads,
-    )
-    shape.kept = [*(norm.weight for norm in norms), *(x for m in found for x in m.tensors)]
-    return shape
-
-
-def head_of(norm: Norm, head: nn.Module) -> Shape | None:
-    """The last norm and the head for the kernel, or None."""
-    found = _kernel_map(head)
-    if found is None or not _is_plain(norm):
-        return None
-    shape = Shape(qkv=found, norm_in=norm.weight.data_ptr(), eps_in=norm.eps)
-    shape.kept = [norm.weight, *found.tensors]
-    return shape
-
-
-def packed_maps(modules: Iterable[nn.Module]) -> list[PackedLinear]:
-    """The packed weights among these maps that our kernels multiply, without the rounding in front of them."""
-    inner = [module.inner if type(module) is RoundedInput else module for module in modules]
-    return [m for m in inner if isinstance(m, PackedLinear) and packed_map(m.packed_weights()) is not None]
-
-
-def gather(maps: Sequence[PackedLinear]) -> None:
-    """Have these weights one after the other in large pages."""
-    move_together(maps)
-    for each in maps:
-        each.moved()
-
-
-def _kernel_map(module: nn.Module) -> PackedMap | None:
-    """The weights of a map that our kernels multiply and nobody looks into, with or without a policy's rounding in front of it."""
-    rounded = type(module) is RoundedInput
-    inner = module.inner if rounded else module
-    if not isinstance(inner, PackedLinear) or is_hooked(module) or is_hooked(inner) or module.bias is not None:
-        return None
-    return packed_map(inner.packed_weights(), 8 if rounded else FINE)
-
-
-def _is_plain(norm: Norm) -> bool:
-    return norm.weight.dtype == torch.float32 and norm.weight.is_contiguous()
-
-
-class Memory(Structure):
-    """What a head of a layer remembers, as the kernel sees it (``memory`` in lean_rows.c)."""
-
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("row", c_int64), ("length", c_int64))
-
-
-class Memories:
-    """What all heads of some layers remember, where that is plain floats, read whole, with room for one more entry.
-
-    Args:
-        groups: the heads of all layers, in their order.
-        rooms: where their entries are: keys and values [B, H, room, D].
-    """
-
-    def __init__(self, groups: Sequence[HeadGroup], rooms: Sequence[tuple[Tensor, Tensor]]):
-        self.groups, self.rooms = groups, rooms
-        self.heads = (Memory * sum(g.stop - g.start for g in groups))()
-        self.lengths = np.frombuffer(self.heads, dtype=np.int64).reshape(len(self.heads), -1)[:, 3]  # one write for all
-        at = 0
-        for keys, values in rooms:
-            gap = keys.stride(1) * keys.element_size()
-            for head in range(keys.shape[1]):
-                self.heads[at] = Memory(keys.data_ptr() + head * gap, values.data_ptr() + head * gap, keys.stride(0))
-                at += 1
-
-    @classmethod
-    def of(cls, layers: Sequence[KVLayer], shape: tuple[int, int, int], before: Memories | None) -> Memories | None:
-        """The memories of these layers; None where one of them is of another kind.
-
-        Args:
-            shape: rows, heads of a layer and their width.
-            before: those of the last step, used again where nothing moved.
-        """
-        groups = [g for layer in layers for g in layer.groups]
-        rooms = [g.room() for g in groups]
-        if before is None or not before.is_at(rooms):
-            plain = [room for room in rooms if room is not None]
-            if len(plain) < len(rooms) or any(layer.heads != shape[1] for layer in layers):
-                return None
-            rows, _, width = shape
-            if not all(_is_row(k) and _is_row(v) and k.shape == v.shape and k.shape[::3] == (rows, width) for k, v in plain):
-                return None
-            before = cls(groups, plain)
-        before.groups = groups
-        before.lengths[:] = [g.store.length for g in groups for _ in range(g.start, g.stop)]
-        return before
-
-    def is_at(self, rooms: Sequence[tuple[Tensor, Tensor] | None]) -> bool:
-        """True if the entries are where they were."""
-        return len(rooms) == len(self.rooms) and all(
-            there is not None and here[0] is there[0] and here[1] is there[1]
-            for here, there in zip(self.rooms, rooms, strict=True)
-        )
+ARGUMENTS = {"between": "ppppppnppi", "through": "pnpppppnpi", "step": "pnpppppnpi"}  # pointers, numbers, threads
+MISTAKES: dict[int, tuple[type[Exception], str]] = {  # why a call did nothing
+    1: (MemoryError, "there is no room to work in"),
+    2: (IndexError, "a token id is not in the vocabulary of the model"),
+    3: (IndexError, "a token stands beyond the positions that were computed"),
+}
 
 
 class LeanRows:
@@ -190,16 +61,15 @@ class LeanRows:
     def __call__(self, hidden: Tensor, rotary: Rotary, forward: Forward) -> Tensor:
         b, t, _ = hidden.shape
         width, cosines, sines = self.layers[0].width, *rotary
-        if not (b * t <= ROWS and cosines.numel() == b * t * width and all(map(_is_row, (hidden, cosines, sines)))):
+        if not (b * t <= ROWS and cosines.numel() == b * t * width and all(map(is_row, (hidden, cosines, sines)))):
             for layer in self.layers:
                 hidden = layer(hidden, rotary, forward)
             return hidden
         turns = (cosines.data_ptr(), sines.data_ptr(), b * t)
-        if t == 1 and self.alike and is_unwatched(forward):
-            layers = [forward.cache.layers[index] for index in self.indices]
-            self.memories = Memories.of(layers, (b, self.sizes[1], width), self.memories)
-            if self.memories is not None:
-                return self._through(self.memories, hidden, turns, forward)
+        if self.is_whole(forward, b, t):
+            out = torch.empty_like(hidden)
+            self.run(call_through, forward, hidden.data_ptr(), *turns, out.data_ptr())
+            return out
         heads = hidden.new_empty(b, t, sum(self.sizes), width)
         call_between(None, self.at[0], None, hidden.data_ptr(), *turns, None, heads.data_ptr())
         for at, following, layer in zip(self.at, [*self.at[1:], None], self.layers, strict=True):
@@ -210,16 +80,19 @@ class LeanRows:
             hidden = out
         return hidden
 
-    def _through(self, memories: Memories, hidden: Tensor, turns: tuple[int, int, int], forward: Forward) -> Tensor:
-        """All layers in one call; the cache learns of its new entries afterwards."""
-        out, heads = torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], sum(self.sizes), self.layers[0].width)
-        where = (self.pointers, len(self.layers), memories.heads, self.scales)
-        call_through(*where, hidden.data_ptr(), *turns, out.data_ptr(), heads.data_ptr())
-        for g in memories.groups:
-            g.wrote(forward.positions)
-        for index in self.indices:
-            forward.cache.layers[index].seen = forward.seen
-        return out
+    def is_whole(self, forward: Forward, rows: int, new: int) -> bool:
+        """True if all layers may run in one call (:meth:`run`): one new token a row, that nobody looks at, over a plain cache."""
+        if new != 1 or not self.alike or not is_unwatched(forward):
+            return False
+        self.remembered = [forward.cache.layers[index] for index in self.indices]
+        self.memories = Memories.of(self.remembered, (rows, self.sizes[1], self.layers[0].width), self.memories)
+        return self.memories is not None
+
+    def run(self, call: Callable[..., None], forward: Forward, *arguments: Any) -> None:
+        """All layers in one call, once :meth:`is_whole` said so; the cache learns of its new entries afterwards."""
+        memories: Any = self.memories
+        call(self.pointers, len(self.layers), memories.heads, self.scales, *arguments)
+        memories.wrote(self.remembered, forward)
 
 
 def _outline(layer: LeanLayer) -> tuple[int, int, int]:
@@ -242,15 +115,41 @@ class HeadRows:
     def __call__(self, hidden: Tensor) -> Tensor | None:
         """None where the rows are too many or of another number format."""
         b, t, _ = hidden.shape
-        if b * t > ROWS or not _is_row(hidden):
+        if b * t > ROWS or not is_row(hidden):
             return None
         logits = hidden.new_empty(b, t, self.shape.qkv.n)
         call_between(None, self.at, None, hidden.data_ptr(), None, None, b * t, None, logits.data_ptr())
         return logits
 
 
-def _is_row(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
+class LeanStep:
+    """A whole step in one call: token ids [B, 1] -> logits [B, 1, V].
+
+    Args:
+        rows: all layers of the model.
+        ends: what stands before and behind them.
+        rotary: the angles.
+    """
+
+    def __init__(self, rows: LeanRows, ends: Ends, rotary: RotaryTable):
+        self.rows, self.ends, self.rotary, self.at = rows, ends, rotary, byref(ends)
+
+    def __call__(self, ids: Tensor, forward: Forward) -> Tensor | None:
+        """None where it takes more than one call.
+
+        Raises:
+            IndexError: an id is not of the vocabulary, or a position not below ``forward.seen``.
+        """
+        (b, t), positions = ids.shape, forward.positions
+        if b > ROWS or not (ids.is_contiguous() and positions.is_contiguous() and positions.shape == ids.shape):
+            return None
+        if not self.rows.is_whole(forward, b, t):
+            return None
+        if self.ends.positions < forward.seen:
+            self.ends.turn_by(*self.rotary.table(forward.seen))
+        logits = torch.empty(b, 1, self.ends.head.qkv.n, dtype=torch.float32)
+        self.rows.run(call_step, forward, self.at, ids.data_ptr(), positions.data_ptr(), b, logits.data_ptr())
+        return logits
 
 
 def call_between(*arguments: Any) -> None:
@@ -261,11 +160,9 @@ def call_between(*arguments: Any) -> None:
     """
     if torch.autograd._profiler_enabled():
         with torch.autograd.profiler.record_function(NAME):
-            failed = _between()(*arguments, torch.get_num_threads())
+            _call("between", arguments)
     else:
-        failed = _between()(*arguments, torch.get_num_threads())
-    if failed:
-        raise MemoryError
+        _call("between", arguments)
 
 
 def call_through(*arguments: Any) -> None:
@@ -274,8 +171,24 @@ def call_through(*arguments: Any) -> None:
     Raises:
         MemoryError: there is no room to work in.
     """
-    if _through()(*arguments, torch.get_num_threads()):
-        raise MemoryError
+    _call("through", arguments)
+
+
+def call_step(*arguments: Any) -> None:
+    """``step`` of lean_rows.c.
+
+    Raises:
+        MemoryError: there is no room to work in.
+        IndexError: a token id or a position is out of range.
+    """
+    _call("step", arguments)
+
+
+def _call(name: str, arguments: tuple[Any, ...]) -> None:
+    failed = _function(name)(*arguments, torch.get_num_threads())
+    if failed:
+        kind, why = MISTAKES[failed]
+        raise kind(why)
 
 
 def knows_width(width: int) -> bool:
@@ -285,16 +198,7 @@ def knows_width(width: int) -> bool:
 
 
 @cache
-def _through() -> Any:
-    library: Any = kernels().library
-    run = library.through
-    run.argtypes = [c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int]
-    return run
-
-
-@cache
-def _between() -> Any:
-    library: Any = kernels().library
-    run = library.between
-    run.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int]
+def _function(name: str) -> Any:
+    run = getattr(kernels().library, name)
+    run.argtypes = [{"p": c_void_p, "n": c_long, "i": c_int}[kind] for kind in ARGUMENTS[name]]
     return run
