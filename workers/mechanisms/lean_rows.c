@@ -24,42 +24,66 @@ enum { NO_MEMORY = 1, NO_SUCH_TOKEN, NO_SUCH_POSITION }; /* why a call did nothi
 
 static long most(long a, long b) { return a > b ? a : b; }
 
-/* RMSNorm of one row, ready for the map. */
-static void norm_row(const float *x, const float *weight, double eps, long r, const map *w, float *normed, const inputs *to) {
-    long k = w->k;
-    __m512 squares = _mm512_setzero_ps();
-    for (long i = 0; i < k; i += 16) {
-        __m512 some = _mm512_loadu_ps(x + i);
-        squares = _mm512_fmadd_ps(some, some, squares);
-    }
-    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)k + (float)eps));
-    for (long i = 0; i < k; i += 16)
-        _mm512_storeu_ps(normed + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
-    for (long n = 0; n < to->groups; n++) prepare_group(w, to, r, n);
+static __m512 sum_at(const float *x, const float *more, long i) {
+    __m512 some = _mm512_loadu_ps(x + i);
+    return more ? _mm512_add_ps(some, _mm512_loadu_ps(more + i)) : some;
 }
 
-/* The head at x [D] by cosines and signed sines [D]: x cos + roll(x, D / 2) sin. D is even. */
-static void turn(float *x, const float *cosines, const float *sines, long d) {
+/* RMSNorm of x + more [m, C] (more NULL: of x), ready for the map; sum: x + more itself, neither of the two. A single row every thread
+ * has for itself: that takes less than to fetch what another one did.
+ */
+static void team_norm(const float *x, const float *more, const float *weight, double eps, long m, const map *w, float *normed,
+                      const inputs *to, float *sum, meeting *all) {
+    const long k = w->k, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const long first = m == 1 ? 0 : thread * m / threads, last = m == 1 ? 1 : (thread + 1) * m / threads;
+    for (long r = first; r < last; r++) {
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = r * k; i < (r + 1) * k; i += 16) {
+            __m512 some = sum_at(x, more, i);
+            _mm512_storeu_ps(sum + i, some);
+            squares = _mm512_fmadd_ps(some, some, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)k + (float)eps));
+        for (long i = 0; i < k; i += 16) {
+            __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(sum + r * k + i), scale);
+            _mm512_storeu_ps(normed + r * k + i, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + i)));
+        }
+        for (long n = 0; n < to->groups; n++) prepare_group(w, to, r, n);
+    }
+    if (m > 1) team_wait(all);
+}
+
+/* A head x [D] by cosines and signed sines [D] -> to: x cos + roll(x, D / 2) sin. D is even; `to` may be x. */
+static void turn(const float *x, const float *cosines, const float *sines, long d, float *to) {
     long half = d / 2;
     for (long i = 0; i < half; i += 16) {
         __mmask16 some = half - i < 16 ? (__mmask16)((1 << (half - i)) - 1) : (__mmask16)0xffff;
         __m512 low = _mm512_maskz_loadu_ps(some, x + i), high = _mm512_maskz_loadu_ps(some, x + half + i);
         __m512 a = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(some, cosines + i));
         __m512 b = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(some, cosines + half + i));
-        _mm512_mask_storeu_ps(x + i, some, _mm512_fmadd_ps(high, _mm512_maskz_loadu_ps(some, sines + i), a));
-        _mm512_mask_storeu_ps(x + half + i, some, _mm512_fmadd_ps(low, _mm512_maskz_loadu_ps(some, sines + half + i), b));
+        _mm512_mask_storeu_ps(to + i, some, _mm512_fmadd_ps(high, _mm512_maskz_loadu_ps(some, sines + i), a));
+        _mm512_mask_storeu_ps(to + half + i, some, _mm512_fmadd_ps(low, _mm512_maskz_loadu_ps(some, sines + half + i), b));
     }
 }
 
-/* To work in: what goes into a map and what comes out of it, floats [m, the widest] each, and what inputs_in needs. */
+/* To work in. A thread has what is of the states for itself where there is one row (team_norm); all else is of the team.
+ *
+ * Floats [m, the widest]: what goes into a map and what comes out of it, beside it what inputs_in needs; [m, C] product: the first sum
+ * of a layer, before, after: the states that go into it and into its feed-forward block, normed: these as they go into a map.
+ */
 typedef struct {
-    float *in, *out;
+    float *in, *out, *product;
     void *beside;
+    float *before, *after, *normed;
+    void *beside_normed;
+    size_t own; /* bytes of what a thread has for itself */
 } room;
 
-/* head: NULL = there is none. */
-static room room_for(long m, const layer *const *some, long count, const layer *head) {
-    long widest_in = 0, widest_out = 0;
+static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* head: NULL = there is none. Its `in` is NULL where there is no memory; to be freed. */
+static room room_for(long m, const layer *const *some, long count, const layer *head, int threads) {
+    long widest_in = 0, widest_out = 0, c = 0;
     size_t bytes = 0;
     for (long i = 0; i <= count; i++) {
         const layer *one = i < count ? some[i] : head;
@@ -71,100 +95,149 @@ static room room_for(long m, const layer *const *some, long count, const layer *
             widest_out = most(widest_out, j < 2 ? 0 : maps[j]->n); /* the others have rooms of their own */
             bytes = most(bytes, inputs_bytes(maps[j], m));
         }
+        c = most(c, one->qkv.k);
     }
-    float *in = malloc(m * (widest_in + widest_out) * sizeof(float) + bytes);
-    return (room){in, in ? in + m * widest_in : NULL, in ? in + m * (widest_in + widest_out) : NULL};
+    const size_t row = whole_lines(m * c * sizeof(float)), in = whole_lines(m * widest_in * sizeof(float));
+    const size_t out = whole_lines(m * widest_out * sizeof(float)), beside = whole_lines(bytes);
+    room made = {.own = 3 * row + beside};
+    char *at = aligned_alloc(64, in + out + row + beside + made.own * (m == 1 ? threads : 1));
+    if (!at) return made;
+    made.in = (float *)at;
+    made.out = (float *)(at += in);
+    made.product = (float *)(at += out);
+    made.beside = at += row;
+    made.before = (float *)(at += beside);
+    made.after = (float *)(at += row);
+    made.normed = (float *)(at += row);
+    made.beside_normed = at + row;
+    return made;
 }
 
-/* Norm and first product of a layer: hidden [m, C] -> heads [m, N], queries and keys turned. */
-static void team_before(const layer *l, const float *hidden, const float *cosines, const float *sines, long m, float *heads, room at,
-                        meeting *all) {
-    const inputs given = inputs_in(at.beside, at.in, m, &l->qkv);
-#pragma omp for schedule(static) nowait
-    for (long r = 0; r < m; r++)
-        norm_row(hidden + r * l->qkv.k, l->norm_in, l->eps_in, r, &l->qkv, at.in + r * l->qkv.k, &given);
-    team_wait(all);
+/* As the calling thread has it. */
+static room room_of_thread(room all, long m) {
+    const size_t by = m == 1 ? all.own * omp_get_thread_num() : 0;
+    all.before = (float *)((char *)all.before + by);
+    all.after = (float *)((char *)all.after + by);
+    all.normed = (float *)((char *)all.normed + by);
+    all.beside_normed = (char *)all.beside_normed + by;
+    return all;
+}
+
+/* Norm and first product of a layer: hidden + more [m, C] (NULL: hidden) -> `at->before`, heads [m, N]. */
+static void team_before(const layer *l, const float *hidden, const float *more, long m, float *heads, const room *at, meeting *all) {
+    const inputs given = inputs_in(at->beside_normed, at->normed, m, &l->qkv);
+    team_norm(hidden, more, l->norm_in, l->eps_in, m, &l->qkv, at->normed, &given, at->before, all);
     team_multiply(&l->qkv, &given, m, heads, all);
-    if (!l->turned) return;
+}
+
+/* Queries and keys of heads [m, N] are turned where they are. */
+static void team_turn(const layer *l, float *heads, const float *cosines, const float *sines, long m, meeting *all) {
 #pragma omp for schedule(static) nowait
     for (long i = 0; i < m * l->turned; i++) {
         long r = i / l->turned, head = i % l->turned;
-        turn(heads + r * l->qkv.n + head * l->width, cosines + r * l->width, sines + r * l->width, l->width);
+        float *x = heads + r * l->qkv.n + head * l->width;
+        turn(x, cosines + r * l->width, sines + r * l->width, l->width, x);
     }
     team_wait(all);
 }
 
-/* What follows the attention: mixed [m, Hq D], hidden [m, C] -> out [m, C]. */
-static void team_after(const layer *l, const float *mixed, const float *hidden, long m, float *out, room at, meeting *all) {
-    const long c = l->out.n, f = l->down.k;
-    inputs given = inputs_in(at.beside, mixed, m, &l->out);
-    team_prepare(&l->out, &given, m, all);
-    team_multiply(&l->out, &given, m, out, all);
-    given = inputs_in(at.beside, at.in, m, &l->gate_up);
-#pragma omp for schedule(static) nowait
-    for (long r = 0; r < m; r++) {
-        for (long i = r * c; i < (r + 1) * c; i += 16)
-            _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(hidden + i), _mm512_loadu_ps(out + i)));
-        norm_row(out + r * c, l->norm_mlp, l->eps_mlp, r, &l->gate_up, at.in + r * c, &given);
-    }
-    team_wait(all);
-    team_multiply(&l->gate_up, &given, m, at.out, all);
-    given = inputs_in(at.beside, at.in, m, &l->down);
+/* What follows the attention, whose outcome [m, Hq D] is prepared for its map in `mixed`: hidden [m, C] -> what comes out is `at->after`
+ * plus `at->out`.
+ */
+static void team_after(const layer *l, const inputs *mixed, const float *hidden, long m, const room *at, meeting *all) {
+    const long f = l->down.k;
+    team_multiply(&l->out, mixed, m, at->product, all);
+    inputs given = inputs_in(at->beside_normed, at->normed, m, &l->gate_up);
+    team_norm(hidden, at->product, l->norm_mlp, l->eps_mlp, m, &l->gate_up, at->normed, &given, at->after, all);
+    team_multiply(&l->gate_up, &given, m, at->out, all);
+    given = inputs_in(at->beside, at->in, m, &l->down);
 #pragma omp for schedule(static) nowait
     for (long j = 0; j < m * given.groups; j++) {
         const long r = j / given.groups, n = j % given.groups;
-        const float *gate = at.out + r * 2 * f, *up = gate + f;
+        const float *gate = at->out + r * 2 * f, *up = gate + f;
         for (long i = n * l->down.group; i < f && i < (n + 1) * l->down.group; i += 16) {
             __m512 x = _mm512_loadu_ps(gate + i);
             __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-            _mm512_storeu_ps(at.in + r * f + i, _mm512_mul_ps(_mm512_div_ps(x, below), _mm512_loadu_ps(up + i)));
+            _mm512_storeu_ps(at->in + r * f + i, _mm512_mul_ps(_mm512_div_ps(x, below), _mm512_loadu_ps(up + i)));
         }
         prepare_group(&l->down, &given, r, n);
     }
     team_wait(all);
-    team_multiply(&l->down, &given, m, at.out, all);
+    team_multiply(&l->down, &given, m, at->out, all);
+}
+
+/* x + more -> sum, `count` numbers. */
+static void team_add(const float *x, const float *more, long count, float *sum, meeting *all) {
 #pragma omp for schedule(static) nowait
-    for (long i = 0; i < m * c; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_loadu_ps(at.out + i)));
+    for (long i = 0; i < count; i += 16) _mm512_storeu_ps(sum + i, sum_at(x, more, i));
     team_wait(all);
 }
 
-/* Keys and values of heads [m, Hq + 2 H, D] become the newest entries; then every query attends: mixed [m, Hq D].
+/* Where all queries of a layer stand: [m, Hq, parts] in `done`, `count` parts each. */
+typedef struct {
+    partial *done;
+    long count;
+} attended;
+
+/* Heads [m, Hq + 2 H, D]: queries and keys are turned, keys and values become the newest entries, and every query attends.
  *
- * some: [H] of this layer; scores: [threads, stride].
+ * some: [H] of this layer; scores: [threads, SHARING, stride].
  */
-static void team_attend(const layer *l, const memory *some, const float *heads, long m, float scale, float *scores, long stride,
-                        float *mixed, meeting *all) {
-    const long d = l->width, kept = l->qkv.n / d - l->turned, queries = l->turned - kept;
-    const attention attend = attention_of(d);
+static void team_attend(const layer *l, const memory *some, const float *heads, const float *cosines, const float *sines, long m,
+                        float scale, float *scores, long stride, const attended *to, meeting *all) {
+    const long d = l->width, kept = l->qkv.n / d - l->turned, queries = l->turned - kept, share = queries / kept;
 #pragma omp for schedule(static) nowait
-    for (long i = 0; i < m * kept; i++) {
-        const memory *at = some + i % kept;
-        const float *key = heads + i / kept * l->qkv.n + (queries + i % kept) * d;
-        long place = i / kept * at->row + at->length * d;
-        memcpy(at->keys + place, key, d * sizeof(float));
-        memcpy(at->values + place, key + kept * d, d * sizeof(float));
-    }
-    team_wait(all);
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < m * queries; i++) {
-        long r = i / queries, head = i % queries;
-        const memory *at = some + head / (queries / kept);
-        attend(heads + r * l->qkv.n + head * d, at->keys + r * at->row, at->values + r * at->row, at->length + 1, scale,
-               scores + omp_get_thread_num() * stride, mixed + (r * queries + head) * d);
+    for (long i = 0; i < m * kept * to->count; i++) {
+        const long r = i / (kept * to->count), head = i / to->count % kept, part = i % to->count;
+        const memory *at = some + head;
+        const long s = at->length + 1, each = ((s + to->count - 1) / to->count + 3) / 4 * 4, first = part * each;
+        const long stop = first + each < s ? first + each : s;
+        float *room = scores + omp_get_thread_num() * SHARING * stride;
+        float *keys = at->keys + r * at->row, *values = at->values + r * at->row, asking[SHARING * 16 * WIDEST];
+        const float *row = heads + r * l->qkv.n, *cos = cosines + r * d, *sin = sines + r * d;
+        if (first < s && s <= stop) {
+            turn(row + (queries + head) * d, cos, sin, d, keys + (s - 1) * d);
+            memcpy(values + (s - 1) * d, row + (queries + kept + head) * d, d * sizeof(float));
+        }
+        for (long q = head * share, n; q < (head + 1) * share; q += n) {
+            partial *mine[SHARING];
+            n = (head + 1) * share - q < SHARING ? (head + 1) * share - q : SHARING;
+            for (long g = 0; g < n; g++) {
+                mine[g] = to->done + (r * queries + q + g) * to->count + part;
+                *mine[g] = (partial){-INFINITY, 0, mine[g]->mixed};
+                turn(row + (q + g) * d, cos, sin, d, asking + g * d);
+                for (long c = 0; c < d; c += 16)
+                    _mm512_storeu_ps(asking + g * d + c, _mm512_mul_ps(_mm512_loadu_ps(asking + g * d + c), _mm512_set1_ps(scale)));
+            }
+            if (first < s) /* else nothing is left for this part */
+                attention_of(d, n)(asking, keys + first * d, values + first * d, stop - first, room, stride, mine);
+        }
     }
     team_wait(all);
 }
 
-int knows_width(long d) { return attention_of(d) != NULL; }
+/* All parts of all queries together -> mixed [m, Hq D], prepared for the map that follows. */
+static void team_unite(const layer *l, const attended *from, float *mixed, const inputs *to, long m, meeting *all) {
+    const long k = l->out.k, d = l->width;
+#pragma omp for schedule(static) nowait
+    for (long j = 0; j < m * to->groups; j++) {
+        const long r = j / to->groups, n = j % to->groups;
+        for (long i = n * l->out.group; i < k && i < (n + 1) * l->out.group; i += 16)
+            _mm512_storeu_ps(mixed + r * k + i, united(from->done + (r * (k / d) + i / d) * from->count, from->count, i % d));
+        prepare_group(&l->out, to, r, n);
+    }
+    team_wait(all);
+}
 
-/* To work in where layers are whole: heads [m, (Hq + 2 H) D], mixed [m, Hq D], states [4, m, C], angles [2, m, D] and scores
- * [threads, stride].
+int knows_width(long d) { return attention_of(d, 1) != NULL; }
+
+/* To work in where layers are whole: heads [m, (Hq + 2 H) D], mixed [m, Hq D], embeddings [m, C], angles [2, m, D], scores [threads, SHARING, stride], the attention of a layer.
  */
 typedef struct {
     room at;
-    float *heads, *mixed, *states, *angles, *scores;
+    float *heads, *mixed, *embedded, *angles, *scores;
     long stride;
+    attended done;
 } workshop;
 
 /* Its `at.in` is NULL where there is no memory. */
@@ -172,34 +245,40 @@ static workshop workshop_for(const layer *const *layers, long count, const layer
     const long d = layers[0]->width, wide = layers[0]->qkv.n, kept = wide / d - layers[0]->turned, c = layers[0]->qkv.k;
     const long mixed = (layers[0]->turned - kept) * d;
     long longest = 0;
-    for (long i = 0; i < count * kept; i++) longest = most(longest, memories[i].length);
-    workshop made = {.stride = longest + 1 + 2 * BLOCK};
-    made.heads = malloc((m * (wide + mixed + 4 * c + 2 * d) + threads * made.stride) * sizeof(float));
-    if (!made.heads) return made;
+    for (long i = 0; i < count * kept; i++) longest = most(longest, memories[i].length + 1);
+    workshop made = {.stride = most(longest, PART) + 2 * BLOCK, .done.count = parts_of(longest)};
+    const long partials = mixed / d * m * made.done.count;
+    made.done.done = malloc(partials * sizeof(partial) +
+                            (partials * d + m * (wide + mixed + c + 2 * d) + threads * SHARING * made.stride) * sizeof(float));
+    if (!made.done.done) return made;
+    float *free_from = (float *)(made.done.done + partials);
+    for (long i = 0; i < partials; i++, free_from += d) made.done.done[i].mixed = free_from;
+    made.heads = free_from;
     made.mixed = made.heads + m * wide;
-    made.states = made.mixed + m * mixed;
-    made.angles = made.states + 4 * m * c;
+    made.embedded = made.mixed + m * mixed;
+    made.angles = made.embedded + m * c;
     made.scores = made.angles + 2 * m * d;
-    made.at = room_for(m, layers, count, head);
-    if (!made.at.in) free(made.heads);
+    made.at = room_for(m, layers, count, head, threads);
+    if (!made.at.in) free(made.done.done);
     return made;
 }
 
 static void leave(const workshop *done) {
     free(done->at.in);
-    free(done->heads);
+    free(done->done.done);
 }
 
-/* Layers one after the other: hidden [m, C] -> out [m, C]; the first two of the states are in use. */
+/* Layers one after the other: hidden [m, C] -> what comes out is `at->after` plus `at->out`. */
 static void team_layers(const layer *const *layers, long count, const memory *memories, const double *scales, const float *hidden,
-                        const float *cosines, const float *sines, long m, float *out, const workshop *in, meeting *all) {
-    const long kept = layers[0]->qkv.n / layers[0]->width - layers[0]->turned, c = layers[0]->qkv.k;
+                        const float *cosines, const float *sines, long m, const workshop *in, const room *at, meeting *all) {
+    const long kept = layers[0]->qkv.n / layers[0]->width - layers[0]->turned;
     for (long i = 0; i < count; i++) {
-        float *to = i == count - 1 ? out : in->states + i % 2 * m * c;
-        team_before(layers[i], hidden, cosines, sines, m, in->heads, in->at, all);
-        team_attend(layers[i], memories + i * kept, in->heads, m, (float)scales[i], in->scores, in->stride, in->mixed, all);
-        team_after(layers[i], in->mixed, hidden, m, to, in->at, all);
-        hidden = to;
+        const layer *l = layers[i];
+        const inputs given = inputs_in(at->beside, in->mixed, m, &l->out);
+        team_before(l, i ? at->after : hidden, i ? at->out : NULL, m, in->heads, at, all);
+        team_attend(l, memories + i * kept, in->heads, cosines, sines, m, (float)scales[i], in->scores, in->stride, &in->done, all);
+        team_unite(l, &in->done, in->mixed, &given, m, all);
+        team_after(l, &given, at->before, m, at, all);
     }
 }
 
@@ -212,7 +291,11 @@ int through(const layer *const *layers, long count, const memory *memories, cons
     if (!in.at.in) return NO_MEMORY;
     meeting all = {0};
 #pragma omp parallel num_threads(threads)
-    team_layers(layers, count, memories, scales, hidden, cosines, sines, m, out, &in, &all);
+    {
+        const room at = room_of_thread(in.at, m);
+        team_layers(layers, count, memories, scales, hidden, cosines, sines, m, &in, &at, &all);
+        team_add(at.after, at.out, m * layers[0]->qkv.k, out, &all);
+    }
     leave(&in);
     return 0;
 }
@@ -248,17 +331,18 @@ int step(const layer *const *layers, long count, const memory *memories, const d
     }
     const workshop in = workshop_for(layers, count, &around->head, memories, m, threads);
     if (!in.at.in) return NO_MEMORY;
-    float *hidden = in.states + 2 * m * c, *last = hidden + m * c, *cosines = in.angles, *sines = cosines + m * d;
+    float *cosines = in.angles, *sines = cosines + m * d;
     for (long r = 0; r < m; r++) {
-        embed(around, ids[r], c, hidden + r * c);
+        embed(around, ids[r], c, in.embedded + r * c);
         memcpy(cosines + r * d, around->cosines + positions[r] * d, d * sizeof(float));
         memcpy(sines + r * d, around->sines + positions[r] * d, d * sizeof(float));
     }
     meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {
-        team_layers(layers, count, memories, scales, hidden, cosines, sines, m, last, &in, &all);
-        team_before(&around->head, last, NULL, NULL, m, logits, in.at, &all);
+        const room at = room_of_thread(in.at, m);
+        team_layers(layers, count, memories, scales, in.embedded, cosines, sines, m, &in, &at, &all);
+        team_before(&around->head, at.after, at.out, m, logits, &at, &all);
     }
     leave(&in);
     return 0;
@@ -272,15 +356,22 @@ int step(const layer *const *layers, long count, const memory *memories, const d
 int between(const layer *last, const layer *next, const float *mixed, const float *hidden, const float *cosines, const float *sines,
             long m, float *out, float *heads, int threads) {
     const layer *some[2] = {last, next};
-    const room at = room_for(m, some, 2, NULL);
-    if (!at.in) return NO_MEMORY;
+    const room of_all = room_for(m, some, 2, NULL, threads);
+    if (!of_all.in) return NO_MEMORY;
     meeting all = {0};
 #pragma omp parallel num_threads(threads)
     {
-        if (last) team_after(last, mixed, hidden, m, out, at, &all);
-        if (next) team_before(next, last ? out : hidden, cosines, sines, m, heads, at, &all);
+        const room at = room_of_thread(of_all, m);
+        if (last) {
+            const inputs given = inputs_in(at.beside, mixed, m, &last->out);
+            team_prepare(&last->out, &given, m, &all);
+            team_after(last, &given, hidden, m, &at, &all);
+            team_add(at.after, at.out, m * last->down.n, out, &all);
+        }
+        if (next) team_before(next, last ? out : hidden, NULL, m, heads, &at, &all);
+        if (next && next->turned) team_turn(next, heads, cosines, sines, m, &all);
     }
-    free(at.in);
+    free(of_all.in);
     return 0;
 }
 #endif
