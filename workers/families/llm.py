@@ -149,7 +149,7 @@ class LanguageFamily:
         """The decode path on the next tokens ids [B, T]: logits [B, T, V]. Advances the state."""
         session.check_cancelled()
         t = ids.shape[1]
-        positions = state.next_position + torch.arange(t, device=ids.device)
+        positions = state.next_position if t == 1 else state.next_position + torch.arange(t, device=ids.device)
         forward = Forward(
             cache=state.cache,
             phase="decode",

@@ -53,29 +53,27 @@ class HeadGroup:
         """Add keys and values of these heads [B, H, T, D] at ``positions`` [B, T] (None = next ones)."""
         self.store.append(keys, values)
         if positions is not None:
-            self._place(positions)
+            self.place(positions)
         for name, x in self.tracked.items():
             self.tracked[name] = torch.nn.functional.pad(x, (0, keys.shape[2]))
         if self.pages is not None:
             self.pages = self.pages.joined(keys)
 
-    def room(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, H, >= S + 1, D] where the next entry may be written; None where appending is more than that."""
-        if self.tracked or self.padded or self.pages is not None or not isinstance(self.store, FloatStore):
+    @property
+    def is_followed(self) -> bool:
+        """True if something but its position follows an entry, or some are none."""
+        return bool(self.tracked) or self.padded or self.pages is not None
+
+    def room(self) -> tuple[FloatStore, Tensor, Tensor] | None:
+        """The store, its keys and values [B, H, >= S + 1, D] where the next entry may be written, to be told to it and to
+        :meth:`place`; None where appending is more than that.
+        """
+        if self.is_followed or not isinstance(self.store, FloatStore):
             return None
-        return self.store.room()
+        room = self.store.room()
+        return None if room is None else (self.store, *room)
 
-    def is_plain(self, keys: Tensor, values: Tensor, length: int) -> bool:
-        """True if there are ``length`` entries in the :meth:`room` that was these keys and values, and nothing follows them."""
-        simple = not (self.tracked or self.padded or self.pages is not None)
-        return simple and isinstance(self.store, FloatStore) and self.store.is_in(keys, values, length)
-
-    def wrote(self, positions: Tensor) -> None:
-        """The next entry, at ``positions`` [B, 1], was written into :meth:`room`."""
-        self.store.wrote()  # type: ignore[attr-defined]
-        self._place(positions)
-
-    def _place(self, positions: Tensor) -> None:
+    def place(self, positions: Tensor) -> None:
         """Note positions [B, T] of new entries, where they do not simply follow."""
         if self.positions is not None:
             new = positions[:, None, :].expand(-1, self.positions.shape[1], -1)
