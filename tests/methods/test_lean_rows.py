@@ -42,7 +42,7 @@ def lean_model(pipeline: str, folder: Path | None = None) -> Iterator[tuple[Sess
 
 def forward_of(batch: int, new: int, heads: int, width: int, seen: int = 6, reserved: int = 0) -> Forward:
     """A decode step of ``new`` tokens behind a cache of ``seen - new`` of them, with room for ``reserved`` more."""
-    cache = StudioCache(2)
+    cache = StudioCache(2)  # of at least as many layers as the model
     g = torch.Generator().manual_seed(3)
     for layer in cache.layers:
         old = (torch.randn(batch, heads, seen - new, width, generator=g) for _ in range(2))
@@ -101,6 +101,30 @@ def test_all_layers_at_once_are_the_layers_call_by_call(pipeline: str, batch: in
             assert mine.held().keys.shape == theirs.held().keys.shape
             assert (mine.held().keys - theirs.held().keys).abs().max() < CLOSE * theirs.held().keys.abs().max()
             assert (mine.held().values - theirs.held().values).abs().max() < CLOSE * theirs.held().values.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "width", "layers"),
+    [(6, 2, 32, 2), (6, 1, 16, 2), (3, 3, 64, 2), (5, 1, 96, 1), (4, 2, 128, 1)],  # one to six queries share keys, five widths
+)
+@pytest.mark.parametrize("seen", [2, 100, 777])  # a part without entries, one part a thread, many
+def test_every_number_of_queries_and_width_of_heads(
+    queries: int, heads: int, width: int, layers: int, seen: int, whole_steps: list[int]
+) -> None:
+    hidden_width = 16 * queries
+    shape = {
+        "hidden_size": hidden_width,
+        "num_attention_heads": queries,
+        "num_key_value_heads": heads,
+        "head_dim": width,
+        "num_hidden_layers": layers,
+    }
+    with lean_model("rtn:bits=8", tiny.llama_folder(f"heads-{queries}-{heads}-{width}", **shape)) as (_, model):
+        (rows,) = model.layers
+        hidden = states(2, 1, hidden_width)
+        whole, called = (run(model, hidden, some, seen=seen, reserved=1) for some in ([rows], rows.layers))  # type: ignore[attr-defined]
+        assert len(whole_steps) == 1
+        assert (whole - called).abs().max() < CLOSE * called.abs().max()
 
 
 def test_room_that_moved_is_found_again(whole_steps: list[int]) -> None:
