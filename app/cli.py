@@ -120,7 +120,7 @@ def run(
     sweep: Annotated[list[str] | None, typer.Option(metavar="POLICY.KNOB=V,V", help="One lane per value of a knob.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: OMP_NUM_THREADS, else all cores.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same items and draws.")] = 0,
     batch: Annotated[int, typer.Option(help="Items that run together.")] = 1,
     chunk_size: Annotated[int | None, typer.Option(help="Prompt tokens per prefill step; default: all at once.")] = None,

@@ -17,7 +17,7 @@ LONGEST_S, MOST_THREADS = 600.0, 1024  # the worker holds to the same
 
 def calibrate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores, as a run has them.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as a run has them.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure, 1 to 600.")] = 30.0,
     show_list: Annotated[
         bool, typer.Option("--list", help="Measure nothing; list what is kept and what makers publish.")

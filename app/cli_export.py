@@ -28,7 +28,7 @@ def export_model(
         typer.Option(help="Whose inputs policies calibrate on; default: by the model's family. Language models read a text."),
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of that workload.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: OMP_NUM_THREADS, else all cores.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same weights.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the recipe's byte table as JSON.")] = False,

@@ -15,7 +15,7 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the checkpoint; afterwards a model for --model DIR.")],
     knob: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A knob of the recipe.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same weights.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: OMP_NUM_THREADS, else all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the training as JSON.")] = False,
 ) -> None:
     """Train a small model. Ctrl-C stops with the state kept; the same command goes on from there.

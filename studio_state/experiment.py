@@ -39,7 +39,7 @@ class ExperimentSpec(BaseModel):
         lanes: pipelines; an empty one is put first if it is not there.
         reference: lane whose results are the denominators of the ratios.
         dtype: number format of the unquantized weights; ``auto`` = float32 on CPU, the file's on GPU.
-        threads: CPU threads; None = all cores.
+        threads: CPU threads; None = ``OMP_NUM_THREADS`` where that is set, else all cores.
         batch: items that run together.
         attention: attention kernel used in every lane.
         chunk_size: prompt tokens per prefill forward; None = the whole prompt at once.

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.job import Job, Progress
 from workers.meters.device_profile import calibrate
 
@@ -33,7 +31,7 @@ def _calibrate(request: Request, progress: Progress) -> None:
         progress.say(what, done)
 
     device = pick_device(request.device)
-    torch.set_num_threads(request.threads or psutil.cpu_count(logical=False) or 1)  # as an experiment has them
+    use_threads(request.threads)  # as an experiment has them
     calibrate(device, request.seconds, request.data, tell)
 
 

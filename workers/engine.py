@@ -28,7 +28,7 @@ from studio_state.events import (
 from studio_state.experiment import ExperimentSpec
 from studio_state.problems import problems
 from workers import plan
-from workers.environment import environment, pick_device
+from workers.environment import environment, pick_device, use_threads
 from workers.families.labels import labels_of
 from workers.host import ModelHost
 from workers.isolate import run_isolated
@@ -84,7 +84,7 @@ def _run(
     spec: ExperimentSpec, host: ModelHost, is_cancelled: Callable[[], bool], say: Callable[[Event], None]
 ) -> Iterator[Event]:
     device = pick_device(spec.device)
-    host.use_threads(spec.threads)
+    use_threads(spec.threads)
     yield Started(environment=environment(device))
     info = host.inspect(spec, lambda text, done: say(Phase(name="fetch", done=done, text=text)))
     found = problems(spec, catalogue(), info, host.unavailable())

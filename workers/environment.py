@@ -32,6 +32,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def use_threads(threads: int | None) -> None:
+    """CPU threads of this process; None = ``OMP_NUM_THREADS`` where a person set it, else all cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # levels of nested regions follow
+    torch.set_num_threads(threads or (int(asked) if asked.isdecimal() else 0) or usable_cores())
+
+
+def usable_cores() -> int:
+    """Physical cores, or as many as this process was given."""
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or given, given)
+
+
 def device_name(device: torch.device) -> str:
     """The name a person would know the device by."""
     if device.type == "cuda":

@@ -21,7 +21,7 @@ from studio_state.experiment import ExperimentSpec, ModelInfo, WorkloadSpec
 from studio_state.pipeline import Pipeline
 from studio_state.problems import problems
 from workers import plan
-from workers.environment import environment, pick_device
+from workers.environment import environment, pick_device, use_threads
 from workers.host import ModelHost
 from workers.job import Job, Progress
 from workers.lanes import Lane
@@ -74,7 +74,7 @@ def export(
     policies = effective(request.pipeline)
     _check_policies(policies)
     host, device = ModelHost(), pick_device(request.device)
-    host.use_threads(request.threads)
+    use_threads(request.threads)
     spec = ExperimentSpec(
         model=request.model,
         workload=request.workload or WorkloadSpec(id="prompts"),

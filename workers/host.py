@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import psutil
 import torch
 
 from studio_state.errors import StudioError, Unavailable
@@ -44,10 +43,6 @@ class ModelHost:
         self.key: tuple[Any, ...] | None = None
         self.loaded: tuple[Any, Any, Any] | None = None
         self.resolved: Resolved | None = None
-
-    def use_threads(self, threads: int | None) -> None:
-        """CPU threads of this process; None = all cores."""
-        torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
 
     def unavailable(self) -> dict[str, str]:
         """Policy id -> why it cannot run in this process."""

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from studio_state.errors import SpecError
+from workers.environment import use_threads
 from workers.job import Job, Progress
 from workers.recipe import FACTS, make_recipe
 from workers.training.loop import UNFINISHED, TrainingRun
@@ -53,7 +52,7 @@ def _train(request: Request, progress: Progress) -> float:
     if stands == "finished":
         progress.note(f"{request.out} holds this already: {request.recipe} of the same knobs and seed; nothing was done")
         return 0.0
-    torch.set_num_threads(request.threads or psutil.cpu_count(logical=False) or 1)
+    use_threads(request.threads)
     run = TrainingRun(request.out, request.seed, progress.say, progress.is_stopped, request.examples)
     with taken(request.out, begun):
         if stands == "unfinished":

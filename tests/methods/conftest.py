@@ -8,8 +8,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
+    """Whatever the test before asked for: two processes with two threads each wait for one another on two cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

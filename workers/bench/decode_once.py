@@ -11,7 +11,7 @@ import torch
 import typer
 
 from studio_state.experiment import ExperimentSpec, WorkloadSpec
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.host import ModelHost
 from workers.session import Session
 from workers.workloads.base import Item, ItemContext
@@ -36,7 +36,7 @@ def main(who: str, model: str, threads: int, prompt_tokens: int, new_tokens: int
 
 def _open(spec: ExperimentSpec) -> Session:
     host, device = ModelHost(), pick_device(spec.device)
-    host.use_threads(spec.threads)
+    use_threads(spec.threads)
     info = host.inspect(spec)
     return host.open(spec, info, device)[0]
 

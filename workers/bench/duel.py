@@ -11,7 +11,7 @@ from collections.abc import Callable
 from studio_state.experiment import ExperimentSpec, WorkloadSpec
 from studio_state.pipeline import parse_pipeline
 from workers.bench.plan import Plan
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.host import ModelHost
 from workers.lanes import Lane
 from workers.workloads.base import ItemContext
@@ -32,7 +32,7 @@ def duel(plan: Plan, pipeline: str, theirs: Callable[[], float], host: ModelHost
     workload, lane = WorkloadSpec(id="speed", options=options), parse_pipeline(pipeline)
     spec = ExperimentSpec(model=plan.model, workload=workload, lanes=(lane,), dtype="float32", threads=plan.threads)
     info, device = host.inspect(spec), pick_device(spec.device)
-    host.use_threads(spec.threads)
+    use_threads(spec.threads)
     session, _ = host.open(spec, info, device)
     items = make_workload(workload).make_items(ItemContext(session.processor, spec.seed, info.context))
     found: tuple[list[float], list[float]] = ([], [])

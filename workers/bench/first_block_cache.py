@@ -21,7 +21,7 @@ from studio_state.problems import problems
 from studio_state.stats import ratio_interval
 from workers.bench.plan import DRAWING_MODEL, Plan
 from workers.bench.report import json_line, ratio_line
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.families.base import RunTrace
 from workers.families.diffusion import distances
 from workers.host import ModelHost
@@ -58,7 +58,7 @@ def bench(plan: Plan) -> None:
         StudioError: the model is not there, is no pipeline with a transformer, or the library's hook does not run on it.
     """
     host, spec = ModelHost(), _spec(plan)
-    host.use_threads(plan.threads)
+    use_threads(plan.threads)
     try:
         info = host.inspect(spec)
     except ModelError as e:

@@ -17,6 +17,7 @@ from studio_state.experiment import ExperimentSpec, ModelInfo, WorkloadSpec
 from studio_state.stats import ratio_interval
 from workers.bench.plan import Plan
 from workers.bench.report import json_line, ratio_line
+from workers.environment import use_threads
 from workers.host import ModelHost
 from workers.mechanisms import onednn
 
@@ -27,7 +28,7 @@ ATTENTION_CALLS = 300  # of one timing; a single call is too short for the clock
 def bench(plan: Plan) -> None:
     """Print, in float32 and bfloat16, bytes read a second by either product, and the ratios of both pairs of kernels."""
     host = ModelHost()
-    host.use_threads(plan.threads)
+    use_threads(plan.threads)
     info = host.inspect(ExperimentSpec(model=plan.model, workload=WorkloadSpec(id="speed")))
     for dtype in (torch.float32, torch.bfloat16):
         _products(plan, info, dtype)

@@ -16,7 +16,7 @@ from workers.analyzers.runtime_dissection import RuntimeDissection
 from workers.bench.plan import Plan
 from workers.bench.report import json_line, ratio_line
 from workers.engine import run
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.host import ModelHost
 from workers.lanes import Lane
 from workers.mechanisms.phases import ShortRun
@@ -106,7 +106,7 @@ def measure(spec: ExperimentSpec, names: Sequence[str], host: ModelHost | None =
 def dissect(spec: ExperimentSpec, host: ModelHost) -> list[dict[str, Any]]:
     """Where a decode step of every lane spends its time (:class:`RuntimeDissection`, one pass of each kind), without a race."""
     info, device = host.inspect(spec), pick_device(spec.device)
-    host.use_threads(spec.threads)
+    use_threads(spec.threads)
     session, _ = host.open(spec, info, device)
     items = make_workload(spec.workload).make_items(ItemContext(session.processor, spec.seed, info.context))
     found = []

@@ -13,7 +13,7 @@ from studio_state.experiment import ExperimentSpec
 from studio_state.pipeline import Pipeline
 from studio_state.problems import problems
 from workers.engine import batched
-from workers.environment import pick_device
+from workers.environment import pick_device, use_threads
 from workers.families.labels import labels_of
 from workers.host import ModelHost
 from workers.lanes import Lane
@@ -50,7 +50,7 @@ class Untimed:
             StudioError: the model or the workload's items cannot be had.
         """
         self.spec, self.host, self.compared, self.info = spec, host, compared, host.inspect(spec)
-        host.use_threads(spec.threads)
+        use_threads(spec.threads)
         self.session = host.open(spec, self.info, pick_device(spec.device))[0]
         workload = make_workload(spec.workload)
         context = ItemContext(self.session.processor, spec.seed, self.info.context, labels_of(self.session.model))

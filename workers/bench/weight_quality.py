@@ -22,6 +22,7 @@ from workers.bench.plan import Plan
 from workers.bench.report import json_line
 from workers.bench.untimed import Untimed
 from workers.data.novels import held_out
+from workers.environment import use_threads
 from workers.host import ModelHost
 from workers.lanes import Lane
 from workers.mechanisms.expert_linears import ExpertLinears
@@ -102,7 +103,7 @@ def bench(plan: Plan) -> None:
         StudioError: a model is not there, or its baseline fails.
     """
     host = ModelHost()
-    host.use_threads(plan.threads)
+    use_threads(plan.threads)
     bits = QUICK_BITS if plan.rounds <= 4 else BITS
     with TemporaryDirectory() as folder:
         unread = Path(folder) / "unread.txt"
