@@ -1,4 +1,4 @@
-"""Weights of a model of lean layers as the kernels see them (lean_rows.c): its layers, its embeddings and its head.
+"""Weights of a model of lean layers as the kernels see them (lean_layer.h, lean_rows.c): its layers, its embeddings and its head.
 
 Shapes: C hidden width, D head width, V vocabulary.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Shape(Structure):
-    """A layer as the kernel sees it (``layer`` in lean_rows.c); of the head only the first map and norm are set.
+    """A layer as the kernel sees it (``layer`` in lean_layer.h); of the head only the first map and norm are set.
 
     Attributes:
         kept: tensors that it points into.
@@ -130,14 +130,17 @@ def ends_of(embeddings: nn.Module, head: Shape) -> Ends | None:
     if is_hooked(embeddings) or "forward" in vars(embeddings):
         return None
     made, table = Ends(head=head), _read_from(embeddings)
+    made.kept = list(head.kept)
     if type(table) is Int8Linear:
         codes, scales = table.codes, table.scales
         if not codes.is_contiguous() or scales.dtype != torch.bfloat16:
             return None
-        made.codes, made.scales, made.kept = codes.data_ptr(), scales.data_ptr(), [codes, scales]
+        made.codes, made.scales = codes.data_ptr(), scales.data_ptr()
+        made.kept += [codes, scales]
         (made.vocabulary, width) = codes.shape
     elif type(table) is nn.Embedding and table.max_norm is None and _is_plain(table):
-        made.rows, made.kept = table.weight.data_ptr(), [table.weight]
+        made.rows = table.weight.data_ptr()
+        made.kept.append(table.weight)
         (made.vocabulary, width) = table.weight.shape
     else:
         return None

@@ -141,7 +141,7 @@ class LeanStep:
             IndexError: an id is not of the vocabulary, or a position not below ``forward.seen``.
         """
         (b, t), positions = ids.shape, forward.positions
-        if b > ROWS or not (ids.is_contiguous() and positions.is_contiguous() and positions.shape == ids.shape):
+        if b > ROWS or positions.shape != ids.shape or not all(map(_is_numbers, (ids, positions))):
             return None
         if not self.rows.is_whole(forward, b, t):
             return None
@@ -150,6 +150,10 @@ class LeanStep:
         logits = torch.empty(b, 1, self.ends.head.qkv.n, dtype=torch.float32)
         self.rows.run(call_step, forward, self.at, ids.data_ptr(), positions.data_ptr(), b, logits.data_ptr())
         return logits
+
+
+def _is_numbers(x: Tensor) -> bool:
+    return x.dtype == torch.int64 and x.is_contiguous()
 
 
 def call_between(*arguments: Any) -> None:

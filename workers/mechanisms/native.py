@@ -21,7 +21,7 @@ from pathlib import Path
 from studio_state.paths import default_cache_root
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-SOURCES, HEADERS = ("packed_rows.c", "lean_rows.c"), ("packed_rows.h", "lean_attention.h")
+SOURCES, HEADERS = ("packed_rows.c", "lean_rows.c"), ("packed_rows.h", "lean_attention.h", "lean_layer.h")
 CARRIED: dict[str, str] = {}  # texts of these files in an exported script; else they lie beside this module
 SECONDS = 120  # a compiler that takes longer hangs
 
